@@ -1,0 +1,74 @@
+# make train   a real model teaches itself, from nothing        make test   every check and test, from nothing
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv train test lint format mutants bench clean
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+TORCH_INDEX ?=
+RECIPE ?= quickstart
+ARGS ?=
+PEER_PYTHON ?= .peer/bin/python
+
+bin := .venv/bin
+pip := $(bin)/python -m pip --disable-pip-version-check -q
+torch_from := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+# pip warns of every empty folder that it was told to look into; nothing else is hidden.
+plainly := 2>&1 | sed '/is ignored: it is neither a file nor a directory/d'
+
+help:
+	@echo 'make train     set up, then train the embedded model and write its report   (ARGS="optim.steps=20 ...", RECIPE=my.yaml)'
+	@echo 'make test      set up, then run the linter, the type checker and all tests'
+	@echo 'make venv      set up alone: .venv with everything; instant when nothing changed   (PYTHON=python3.12, TORCH_INDEX=URL)'
+	@echo 'make lint      linter, type checker and layer contracts'
+	@echo 'make format    format the code'
+	@echo 'make mutants   plant small faults in the source and see that the tests catch each one'
+	@echo 'make bench     time and memory of one step beside a peer   (PEER_PYTHON=path/to/python)'
+	@echo 'make clean     remove .venv and caches; runs stay'
+
+venv: .venv/.stamp
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'selftaught needs Python 3.11 or newer, and $(PYTHON) is not: install one and name it, as in "make $(or $(MAKECMDGOALS),venv) PYTHON=python3.11".'; exit 1; }
+	@test -x $(bin)/python || { echo 'Making .venv ...'; $(PYTHON) -m venv .venv; }
+	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
+	    echo 'Installing torch $(TORCH) for the NVIDIA GPU ...'; first='torch==$(TORCH),!=$(TORCH)+cpu'; \
+	else \
+	    echo 'Installing torch $(TORCH) (no NVIDIA GPU here: the CPU build where one is offered) ...'; first='torch==$(TORCH)+cpu'; \
+	fi; \
+	$(pip) install $(torch_from) "$$first" >/dev/null 2>&1 || $(pip) install $(torch_from) 'torch==$(TORCH)' $(plainly)
+	@echo 'Installing selftaught and its tools ...'
+	@$(pip) install -c constraints.txt -e '.[dev]' $(plainly)
+	@touch $@
+	@echo 'Ready: .venv'
+
+train: venv
+	@$(bin)/selftaught train $(RECIPE) $(ARGS)
+
+test: venv
+	@echo 'Linter ...'; $(bin)/ruff check .
+	@echo 'Types ...'; $(bin)/mypy
+	@echo 'Tests ...'; $(bin)/python -m pytest -q $(ARGS)
+
+lint: venv
+	@$(bin)/ruff check .
+	@$(bin)/mypy
+	@$(bin)/lint-imports
+
+format: venv
+	@$(bin)/ruff check --fix-only --quiet .
+	@$(bin)/ruff format .
+
+mutants: venv
+	@$(bin)/python tests/mutants.py $(ARGS)
+
+bench: venv
+	@test -x $(PEER_PYTHON) || { echo 'The peer needs an environment of its own with trl==1.16.0: make one and give PEER_PYTHON=path/to/python.'; exit 1; }
+	@$(bin)/python benchmarks/step.py --peer-python $(PEER_PYTHON) --out step.json $(ARGS)
+
+clean:
+	@rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo 'Removed .venv and caches.'

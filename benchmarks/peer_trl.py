@@ -1,0 +1,104 @@
+"""One side of `step.py`: TRL's GRPO trainer, in its own environment (trl 1.16.0), at a fixed setting.
+
+Run by step.py; alone: python benchmarks/peer_trl.py --model FOLDER --prompts FILE.jsonl --micro-batch 4
+Nothing of ours is imported. The last line printed is JSON: seconds of each step (the first is warm-up) and peak memory.
+Left at TRL's own defaults: everything that is not in `settings`, such as its loss and its optimiser (AdamW).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+import zlib
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+PROMPTS, GENERATIONS, NEW_TOKENS = 4, 4, 64  # as in step.py
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """A hash of the text: varied, so that advantages are not zero, and free. It says nothing about learning."""
+    return [(zlib.crc32(text.encode()) % 7) / 7.0 for text in completions]
+
+
+def settings(micro_batch: int, steps: int, output: str) -> dict[str, Any]:
+    """One optimiser step of 4 prompts x 4 rollouts x exactly 64 new tokens, in micro-batches of `micro_batch`."""
+    return {
+        "output_dir": output,
+        "max_steps": steps,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": PROMPTS * GENERATIONS // micro_batch,  # all 16 are sampled at once
+        "num_generations": GENERATIONS,
+        "max_completion_length": NEW_TOKENS,
+        "generation_kwargs": {"min_new_tokens": NEW_TOKENS},
+        "temperature": 1.0,
+        "beta": 0.0,
+        "learning_rate": 1e-6,
+        "use_cpu": True,
+        "bf16": False,
+        "fp16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a model folder (safetensors and tokenizer)")
+    parser.add_argument("--prompts", required=True, help="JSONL with a column `prompt`")
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4)
+    args = parser.parse_args()
+
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    class Clock(TrainerCallback):
+        """Seconds from the end of one step to the end of the next: sampling, reward, loss and update together."""
+
+        def __init__(self) -> None:
+            self.last, self.seconds = time.monotonic(), list[float]()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            now = time.monotonic()
+            self.seconds.append(now - self.last)
+            self.last = now
+
+    with open(args.prompts, encoding="utf-8") as file:
+        rows = [{"prompt": json.loads(line)["prompt"]} for line in file]
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as output:
+        trainer = trl.GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+            reward_funcs=reward,
+            args=trl.GRPOConfig(**settings(args.micro_batch, args.steps, output)),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[clock],
+        )
+        clock.last = time.monotonic()
+        trainer.train()
+    lengths = {row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row}
+    result = {
+        "steps_s": [round(s, 3) for s in clock.seconds],
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3),
+        "mean_new_tokens": sorted(lengths),
+        "threads": torch.get_num_threads(),
+        "versions": {"trl": trl.__version__, "torch": torch.__version__},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""From a Run to the live parts of a training: everything a user can get wrong is refused before the model loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from selftaught import data, privilege, reward
+from selftaught.data import Cursor, Dataset, Renderer
+from selftaught.errors import UserError
+from selftaught.methods import Method
+from selftaught.optim import Optimizer, Teachers
+from selftaught.records import Batch, Privilege, Problem, Request, Rollout, Sampling, TokenBatch, Verdict
+from selftaught.reward import Rewarder
+from selftaught.rollout import Engine, TransformersEngine
+from selftaught.run import Run
+from selftaught.score import Backbone, Scorer
+from selftaught.score.hub import check_model, load_model, load_tokenizer, stop_token_ids
+
+Say = Callable[[str], None]
+PROBE = 2  # problems on which the layouts are compared before the first step
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What stands before a model is loaded: the problems, how they become prompts, and how answers are scored."""
+
+    run: Run
+    method: Method
+    tokenizer: Any
+    dataset: Dataset
+    renderer: Renderer
+    rewarder: Rewarder | None
+
+    @property
+    def privileged(self) -> bool:
+        """Does any view of the method see a privilege?"""
+        return any(view.context == "privileged" for view in self.method.views.values())
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The live parts of a run."""
+
+    ground: Ground
+    backbone: Backbone
+    engine: Engine
+    teachers: Teachers
+    optimizer: Optimizer
+    scorer: Scorer
+    cursor: Cursor
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.ground.run.rollout.sampling()
+
+
+def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] | None = None) -> Ground:
+    """Check and load everything but the weights. Raises UserError with the remedy for whatever cannot work."""
+    method = run.method.build()
+    check_model(run.model)
+    dataset = data.load(run.data, seed=run.seed, say=say)
+    tokenizer = load_tokenizer(run.model)
+    renderer = Renderer(tokenizer, run.data, dataset.shots)
+    dataset = data.fit(dataset, renderer, say=say)
+    problems = [*dataset.train, *dataset.heldout]
+    if run.rollout.prompts_per_step > len(dataset.train):
+        raise UserError(f"rollout.prompts_per_step = {run.rollout.prompts_per_step}, but there are only "
+                        f"{len(dataset.train)} training problems; lower it or raise data.train")
+    if run.privilege is not None:
+        privilege.check(run.privilege, problems)
+    check_context(run, tokenizer, renderer, problems)
+    rewarder = None
+    if run.reward is not None:
+        reward.check(run.reward, problems, functions)
+        rewarder = Rewarder(run.reward, functions)
+    return Ground(run, method, tokenizer, dataset, renderer, rewarder)
+
+
+def check_context(run: Run, tokenizer: Any, renderer: Renderer, problems: Sequence[Problem]) -> None:
+    """Refuse a context or a token budget that is too short for the longest prompt and one response."""
+    from transformers import AutoConfig
+
+    from selftaught.score.hub import resolve
+
+    config = AutoConfig.from_pretrained(resolve(run.model)).get_text_config()
+    longest = max(len(renderer.prompt(problem).token_ids) for problem in problems)
+    need = longest + run.rollout.max_completion_length
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and need > limit:
+        raise UserError(f"rollout.max_completion_length = {run.rollout.max_completion_length}: with the longest prompt "
+                        f"of {longest} tokens that is {need}, and the model's context has {limit}; lower it, or set "
+                        "data.max_prompt_length with data.on_overflow=drop")
+    if need > run.optim.token_budget:
+        raise UserError(f"optim.token_budget = {run.optim.token_budget}: the longest prompt ({longest} tokens) and one "
+                        f"response ({run.rollout.max_completion_length}) need {need}; raise it to at least that")
+
+
+def device_of(run: Run) -> str:
+    """The device that the run names; auto is a GPU where there is one."""
+    if run.device != "auto":
+        return run.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def assemble(ground: Ground) -> Parts:
+    """Load the weights and put the parts together; the layouts are compared on a probe batch."""
+    run, method = ground.run, ground.method
+    model = load_model(run.model, getattr(torch, run.optim.dtype), device_of(run))
+    model.requires_grad_(True)
+    if run.optim.activation_checkpointing:
+        model.train()  # transformers recomputes activations in training mode alone
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    backbone = Backbone(model, run.score.layout)
+    optimizer = Optimizer(model.named_parameters(), run.optim)
+    teachers = Teachers(method.views, model)
+    probe = ground.dataset.train[:PROBE]
+    prompts = [ground.renderer.prompt(problem).token_ids for problem in probe]
+    backbone.verify([*prompts, *prompts], [*reversed(prompts), *(prompt[-3:] for prompt in prompts)])
+    engine = TransformersEngine(backbone, ground.tokenizer, stop_token_ids(ground.tokenizer, model),
+                                run.rollout.max_rows)
+    scorer = Scorer(backbone, method.views, teachers.weights, run.optim.token_budget, run.rollout.temperature)
+    cursor = Cursor(ground.dataset.train, seed=run.seed)
+    return Parts(ground, backbone, engine, teachers, optimizer, scorer, cursor)
+
+
+def requests(ground: Ground, problems: Sequence[Problem], step: int) -> list[Request]:
+    """What the engine is asked: the student's prompt of each problem."""
+    return [Request(problem, ground.renderer.prompt(problem), step, ground.run.seed) for problem in problems]
+
+
+def sample_and_verify(ground: Ground, engine: Engine, asked: Sequence[Request], n: int,
+                      sampling: Sampling) -> tuple[list[Rollout], list[Verdict]]:
+    """n rollouts of each request and their verdicts; what has been sampled is verified while the rest is sampled."""
+    rollouts: list[Rollout] = []
+    pending = []
+    engine.submit(asked, n, sampling)
+    while batch := engine.poll():
+        rollouts += batch
+        if ground.rewarder is not None:
+            pending.append(ground.rewarder.submit(batch))
+    verdicts = [verdict for part in pending for verdict in part.result()]
+    return rollouts, verdicts or [Verdict(None)] * len(rollouts)
+
+
+def privileges_of(ground: Ground, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict],
+                  step: int) -> list[Privilege | None]:
+    """The privilege of each rollout, or None where the method's views see none."""
+    run = ground.run
+    if run.privilege is None or not ground.privileged:
+        return [None] * len(rollouts)
+    return privilege.build(run.privilege, rollouts, verdicts, ground.dataset.train, ground.renderer,
+                           seed=run.seed, step=step)
+
+
+def make_batch(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], privileges: Sequence[Privilege | None],
+               step: int, device: torch.device | str = "cpu") -> Batch:
+    """One optimiser batch, ragged: tokens of all rollouts in order, and the prompts of both contexts."""
+    lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts])
+    groups = {rollout.problem.id: index for index, rollout in reversed(list(enumerate(rollouts)))}
+    written = [rollout.loss_mask or (True,) * len(rollout.token_ids) for rollout in rollouts]
+    terminal = torch.zeros(int(lengths.sum()), dtype=torch.bool)
+    ends = lengths.cumsum(0) - 1
+    terminal[ends] = torch.tensor([rollout.finish == "stop" for rollout in rollouts])
+    scores = [float("nan") if verdict.score is None else verdict.score for verdict in verdicts]
+    tokens = TokenBatch(
+        tokens=torch.tensor([t for rollout in rollouts for t in rollout.token_ids]).to(device),
+        sequence_ids=torch.arange(len(rollouts)).repeat_interleave(lengths).to(device),
+        reward=torch.tensor(scores).to(device),
+        group=torch.tensor([groups[rollout.problem.id] for rollout in rollouts]).to(device),
+        privileged=torch.tensor([p is not None for p in privileges]).to(device),
+        terminal=terminal.to(device),
+        mask=torch.tensor([flag for row in written for flag in row]).to(device),
+        logp_sampler=torch.tensor([p for rollout in rollouts for p in rollout.logp_sampler]).to(device),
+        step=step,
+    )
+    plain = tuple(rollout.prompt.token_ids for rollout in rollouts)
+    seen = tuple(prompt if p is None else p.prompt.token_ids for prompt, p in zip(plain, privileges, strict=True))
+    return Batch(tokens, {"plain": plain, "privileged": seen}, tuple(rollout.token_ids for rollout in rollouts))

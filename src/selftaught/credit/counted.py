@@ -1,0 +1,34 @@
+"""Which tokens count, and how what belongs to a rollout reaches its tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selftaught.records import TokenBatch
+
+
+def broadcast(values_B: Tensor, batch: TokenBatch) -> Tensor:
+    """A value per rollout, given to each of its tokens: (N,)."""
+    return values_B[batch.sequence_ids]
+
+
+def base_credit(batch: TokenBatch, *, needs_reward: bool = False, needs_privilege: bool = False) -> dict[str, Tensor]:
+    """`counted` (N,), and `logp_old` (N,) where the batch has it.
+
+    Not counted: tokens outside `batch.mask`; with `needs_reward`, tokens of rollouts without a score; with
+    `needs_privilege`, tokens of rollouts without a privilege.
+    """
+    counted = torch.ones_like(batch.tokens, dtype=torch.bool)
+    if batch.mask is not None:
+        counted = counted & batch.mask
+    if needs_reward:
+        if batch.reward is None or batch.group is None:
+            raise ValueError("this method needs `reward` (B,) and `group` (B,) in the batch")
+        counted = counted & broadcast(~torch.isnan(batch.reward), batch)
+    if needs_privilege and batch.privileged is not None:
+        counted = counted & broadcast(batch.privileged, batch)
+    credit = {"counted": counted}
+    if batch.logp_old is not None:
+        credit["logp_old"] = batch.logp_old.detach()
+    return credit

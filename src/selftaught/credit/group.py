@@ -1,0 +1,34 @@
+"""Group-relative advantages: what a verifier's reward says of a rollout beside its siblings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selftaught.tensors import segment_sum
+
+STD_EPS = 1e-6
+EQUAL = 1e-9  # rewards within this share of the largest are the same reward
+
+
+def group_advantage(reward_B: Tensor, group_B: Tensor, *, scale_by_std: bool = True) -> Tensor:
+    """A = (R - mean_g) / (std_g + 1e-6), std unbiased (arXiv 2402.03300 eq. 3); R - mean_g without the scaling.
+
+    A group of one, or whose rewards are all equal, has A = 0 exactly. A reward of NaN is no opinion: it is left
+    out of the statistics and has A = 0. Returns (B,).
+    """
+    known = ~torch.isnan(reward_B)
+    ids = torch.unique(group_B, return_inverse=True)[1]
+    groups = int(ids.max()) + 1 if ids.numel() else 0
+    weight = known.to(reward_B.dtype)
+    reward = torch.where(known, reward_B, torch.zeros_like(reward_B))
+    count = segment_sum(weight, ids, groups)
+    mean = segment_sum(reward, ids, groups) / count.clamp_min(1)
+    deviation = torch.where(known, reward - mean[ids], torch.zeros_like(reward))
+    largest = reward.new_zeros(groups).scatter_reduce_(0, ids, reward.abs(), "amax")
+    spread = reward.new_zeros(groups).scatter_reduce_(0, ids, deviation.abs(), "amax")
+    dead = (count < 2) | (spread <= EQUAL * largest.clamp_min(1))
+    if scale_by_std:
+        std = (segment_sum(deviation**2, ids, groups) / (count - 1).clamp_min(1)).sqrt()
+        deviation = deviation / (std[ids] + STD_EPS)
+    return torch.where(dead[ids] | ~known, torch.zeros_like(deviation), deviation)

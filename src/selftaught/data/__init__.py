@@ -1,0 +1,16 @@
+"""Stage 1, what to solve: problems from files, the Hub or reasoning-gym, their split, their order and their prompts.
+
+load(config, seed=0, say=print) -> Dataset     train, held-out and shots, disjoint by content
+Cursor(dataset.train, seed=0)                  endless order over the training problems, resumed exactly
+Renderer(tokenizer, config, dataset.shots)     the only maker of prompts, the student's and the teacher's
+fit(dataset, renderer, say=print) -> Dataset   what to do with prompts over `max_prompt_length`
+"""
+
+from __future__ import annotations
+
+from selftaught.data.config import DataConfig, Part
+from selftaught.data.cursor import Cursor
+from selftaught.data.render import Renderer, fit
+from selftaught.data.split import Dataset, load
+
+__all__ = ["Cursor", "DataConfig", "Dataset", "Part", "Renderer", "fit", "load"]

@@ -1,0 +1,168 @@
+"""Rows out of files, saved `datasets` folders and the Hub. Each row knows where it stands, for messages."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from selftaught.errors import UserError, nearest
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
+CELL_LIMIT = 2**31 - 1  # the csv module stops at 131,072 characters by default, fewer than a long document
+
+
+class Row(NamedTuple):
+    """One row of a source; `where` names it to the user ("line 3")."""
+
+    where: str
+    values: Mapping[str, Any]
+
+
+def read(source: str, split: str, split_given: bool) -> list[Row]:
+    """All rows of `source`. Raises UserError for whatever cannot be read, and for a source without rows."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        rows = _saved(path, split)
+    elif path.exists():
+        if split_given:
+            raise UserError(f"data.split: {split!r} was given, but {source} is a file and has no splits; leave it out")
+        rows = _file(path)
+    elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(source):
+        raise UserError(f"data.source: no file {source!r} (looked in {Path.cwd()}); check the path")
+    else:
+        rows = _hub(source, split)
+    if not rows:
+        raise UserError(f"data.source: {source} has no rows; give a source with at least one problem")
+    return rows
+
+
+def _file(path: Path) -> list[Row]:
+    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+    if path.suffix not in readers:
+        raise UserError(
+            f"data.source: {path} has the extension {path.suffix!r}; known: {', '.join(SUFFIXES)}. "
+            "Convert it, or rename it if it is one of these"
+        )
+    try:
+        return readers[path.suffix](path)
+    except OSError as error:
+        raise UserError(f"data.source: {path} cannot be read ({error.strerror or error}); check it") from error
+
+
+def _text(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"data.source: {path} is not UTF-8 text (line {line}); save it as UTF-8") from error
+
+
+def _object(value: Any, path: Path, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(
+            f"data.source: {path}, {where}: expected an object such as "
+            f'{{"prompt": ..., "answer": ...}}, got {type(value).__name__}'
+        )
+    return value
+
+
+def _jsonl(path: Path) -> list[Row]:
+    rows = []
+    # Not splitlines(): JSON strings may hold U+2028 and the like, which are no line ends in JSON.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"data.source: {path}, line {number} is not valid JSON ({error}); mend it") from error
+        rows.append(Row(f"line {number}", _object(value, path, f"line {number}")))
+    return rows
+
+
+def _json(path: Path) -> list[Row]:
+    text = _text(path)
+    if not text.strip():
+        return []
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(
+            f"data.source: {path} is not valid JSON ({error}); if it holds one object a line, name it .jsonl"
+        ) from error
+    if not isinstance(value, list):
+        raise UserError(f"data.source: {path} holds {type(value).__name__}, expected a list of objects")
+    return _numbered(_object(item, path, f"item {number}") for number, item in enumerate(value, start=1))
+
+
+def _csv(path: Path) -> list[Row]:
+    csv.field_size_limit(CELL_LIMIT)
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    rows = []
+    try:
+        header = next(reader, [])
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise UserError(
+                    f"data.source: {path}, line {reader.line_num} has {len(cells)} cells under {len(header)} "
+                    "column names; quote cells that hold commas"
+                )
+            rows.append(Row(f"line {reader.line_num}", dict(zip(header, cells, strict=True))))
+    except csv.Error as error:
+        raise UserError(f"data.source: {path}, line {reader.line_num} is not valid CSV ({error}); mend it") from error
+    return rows
+
+
+def _parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return _numbered(pyarrow.parquet.read_table(path).to_pylist())
+    except pyarrow.ArrowException as error:
+        raise UserError(f"data.source: {path} is not a readable Parquet file ({error})") from error
+
+
+def _saved(path: Path, split: str) -> list[Row]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # the library raises many kinds for a folder that it did not write
+        raise UserError(
+            f"data.source: {path} is a folder, but not one written by `Dataset.save_to_disk` ({error}); "
+            f"name a file in it ({', '.join(SUFFIXES)})"
+        ) from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise UserError(f"data.split: {path} has no split {split!r}; {nearest(split, map(str, saved))}")
+        saved = saved[split]
+    return _numbered(saved)
+
+
+def _hub(source: str, split: str) -> list[Row]:
+    import datasets
+
+    match = HUB_NAME.fullmatch(source)
+    assert match is not None
+    try:
+        return _numbered(datasets.load_dataset(match["name"], match["config"], split=split))
+    except Exception as error:  # network, authorisation, unknown name, unknown split: the library's message says which
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"data.source: {source!r} is neither a file here nor a dataset that the Hub gave (split {split!r}): "
+            f"{reason}"
+        ) from error
+
+
+def _numbered(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    return [Row(f"row {number}", row) for number, row in enumerate(rows, start=1)]

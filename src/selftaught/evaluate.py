@@ -1,0 +1,103 @@
+"""Evaluation inside and outside a run: sample held-out problems, verify, save every completion, then measure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from selftaught import privilege
+from selftaught.assemble import Ground, sample_and_verify
+from selftaught.eval import append_rows, compare, read_rows, rows_of, select, summarise
+from selftaught.records import Problem, Prompt, Request, Sampling
+from selftaught.report import RunFolder
+from selftaught.rollout import Engine
+
+EVALUATION = -1  # the step that keys an evaluation's randomness: every one draws with the same random numbers
+CONTROL_SAMPLES = 2
+TEACHER_ARMS = ("right", "wrong", "empty")
+
+
+def heldout(ground: Ground) -> tuple[Problem, ...]:
+    """The problems that are evaluated."""
+    return ground.dataset.heldout[: ground.run.eval.problems]
+
+
+def sampling_of(ground: Ground) -> Sampling:
+    """How an evaluation samples."""
+    config, rollout = ground.run.eval, ground.run.rollout
+    return Sampling(config.temperature, config.top_p, config.top_k,
+                    config.max_completion_length or rollout.max_completion_length, rollout.stop)
+
+
+def sample_rows(ground: Ground, engine: Engine, problems: Sequence[Problem], prompts: Sequence[Prompt], *, step: int,
+                arm: str, samples: int) -> list[dict[str, Any]]:
+    """One evaluation: `samples` responses to each prompt, scored against the problem beside it, as rows."""
+    run = ground.run
+    asked = [Request(problem, prompt, EVALUATION, run.seed) for problem, prompt in zip(problems, prompts, strict=True)]
+    rollouts, verdicts = sample_and_verify(ground, engine, asked, samples, sampling_of(ground))
+    texts = [ground.tokenizer.decode(list(rollout.prompt.token_ids)) for rollout in rollouts]
+    return rows_of(rollouts, verdicts, model=run.model, seed=run.seed, step=step, arm=arm, prompts=texts)
+
+
+def evaluate(ground: Ground, engine: Engine, folder: RunFolder, step: int) -> dict[str, Any]:
+    """The student on the held-out problems at `step`: rows appended to completions.jsonl, and their summary."""
+    problems = heldout(ground)
+    prompts = [ground.renderer.prompt(problem) for problem in problems]
+    rows = sample_rows(ground, engine, problems, prompts, step=step, arm="student", samples=ground.run.eval.samples)
+    save(folder, rows)
+    return summarise(rows, ground.run.eval.k)
+
+
+def evaluate_controls(ground: Ground, engine: Engine, folder: RunFolder, step: int) -> None:
+    """Rows of the controls: another problem's prompt, and with a privilege the teacher's own accuracy.
+
+    The teacher is asked under the right, a wrong and an empty privilege, on the weights that the engine holds.
+    """
+    problems = heldout(ground)
+    samples = min(CONTROL_SAMPLES, ground.run.eval.samples)
+    arms = {"other_prompt": [ground.renderer.prompt(p) for p in (*problems[1:], *problems[:1])]}
+    config = ground.run.privilege
+    if config is not None and step == 0:
+        for kind in TEACHER_ARMS:
+            given = privilege.for_problems(privilege.control(config, kind), problems, ground.dataset.train,
+                                           ground.renderer, seed=ground.run.seed, step=EVALUATION)
+            arms[f"teacher/{kind}"] = [ground.renderer.prompt(problem) if c is None else c.prompt
+                                       for problem, c in zip(problems, given, strict=True)]
+    for arm, prompts in arms.items():
+        save(folder, sample_rows(ground, engine, problems, prompts, step=step, arm=arm, samples=samples))
+
+
+def save(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+    with folder.surviving("completions.jsonl"):
+        append_rows(folder.completions, rows)
+
+
+def flat(summary: Mapping[str, Any]) -> dict[str, float]:
+    """A summary as metrics: eval/NAME, eval/NAME_low, eval/NAME_high."""
+    metrics: dict[str, float] = {}
+    for name, measure in summary.items():
+        if isinstance(measure, Mapping) and measure.get("value") is not None:
+            metrics[f"eval/{name}"] = measure["value"]
+            for side in ("low", "high"):
+                if measure.get(side) is not None:
+                    metrics[f"eval/{name}_{side}"] = measure[side]
+    return metrics
+
+
+def results(ground: Ground, folder: RunFolder, steps: int, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """results.json, computed from the saved completions alone."""
+    rows = read_rows(folder.completions)
+    ks = ground.run.eval.k
+    before, after = select(rows, step=0), select(rows, step=steps)
+    found: dict[str, Any] = {
+        "before": summarise(before, ks), "after": summarise(after, ks), "difference": compare(before, after, ks),
+        "best_constant": summarise(after, ks)["best_constant"], "controls": {}, "seconds": dict(seconds),
+    }
+    for arm in ("other_prompt", *(f"teacher/{kind}" for kind in TEACHER_ARMS)):
+        chosen = select(rows, arm=arm)
+        if chosen:
+            found["controls"][arm] = summarise(chosen, [1])
+    with suppress(KeyError, TypeError):
+        found["above_constant"] = found["after"]["pass@1"]["value"] - found["best_constant"]["value"]
+    return found

@@ -1,0 +1,120 @@
+"""The chunked vocabulary head: any method's loss and gradients without a tensor of shape (N, V).
+
+`chunk` tokens at a time, the hidden states are projected, the method's loss is taken, and its gradient flows to
+those logits there and then; from the logits' gradient come the rows of the hidden states' gradient and one sum
+into the head's. The backward pass only scales what the forward pass found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftaught.records import Credit, TokenLoss
+from selftaught.tensors import upcast
+from selftaught.vocabulary import Head, TokenDist, affine, chunk_size, finish, project
+
+LossFunction = Callable[[TokenDist, Mapping[str, TokenDist], Credit], TokenLoss]
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """loss: scalar, differentiable in the student's hidden states and head. token_loss (N,), metrics (N,): detached."""
+
+    loss: Tensor
+    token_loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class _Precomputed(torch.autograd.Function):
+    """A scalar whose gradients were found with it."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: _Gradients, *_: Tensor | None) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        found = (ctx.grads.hidden, ctx.grads.weight, ctx.grads.bias)
+        return (None, None, *(None if g is None else g * scale.to(g.dtype) for g in found))
+
+
+def masked(loss_n: Tensor, weight_n: Tensor) -> Tensor:
+    """The token losses that count, 0 elsewhere: an infinite loss on a token of weight 0 is nobody's loss."""
+    return torch.where(weight_n != 0, loss_n, torch.zeros_like(loss_n))
+
+
+def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mapping[str, Head], tokens_N: Tensor,
+                 credit: Credit, weight_N: Tensor, *, chunk: int | None = None, temperature: float = 1.0) -> Reduced:
+    """sum_n weight_n loss_n, with gradients for hidden["student"] and heads["student"] alone.
+
+    hidden: (N, H) for "student" and for each view; heads: the head of each. Peak memory beyond the inputs and
+    their gradients is O(chunk x V). Under `no_grad` nothing is differentiated.
+    """
+    student, head = hidden["student"], heads["student"]
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (student, head.weight, head.bias)]
+    weight32 = upcast(head.weight.detach())
+    bias32 = None if head.bias is None else upcast(head.bias.detach())
+    grads = _Gradients(
+        torch.zeros_like(student) if needs[0] else None,
+        torch.zeros_like(weight32) if needs[1] else None,
+        torch.zeros_like(bias32) if needs[2] and bias32 is not None else None,
+    )
+    total = weight32.new_zeros(())
+    losses: list[Tensor] = []
+    metrics: list[dict[str, Tensor]] = []
+    step = chunk or chunk_size(head.weight.shape[0])
+    for start in range(0, tokens_N.shape[0], step):
+        rows = slice(start, start + step)
+        h32 = upcast(student.detach()[rows])
+        with torch.enable_grad() if any(needs) else torch.no_grad():
+            raw = affine(h32, weight32, bias32).requires_grad_(any(needs))
+            dist = TokenDist(finish(raw, head), tokens_N[rows], temperature)
+            views = {n: _view(h[rows], heads[n], tokens_N[rows], temperature)
+                     for n, h in hidden.items() if n != "student"}
+            out = loss(dist, views, {name: value[rows] for name, value in credit.items()})
+            weighted = (masked(out.loss, weight_N[rows]) * weight_N[rows]).sum()
+        if any(needs) and weighted.requires_grad:
+            _accumulate(grads, rows, torch.autograd.grad(weighted, raw)[0], h32, weight32)
+        total += weighted.detach()
+        losses.append(out.loss.detach())
+        with torch.no_grad():
+            entropy, at_sampled = dist.entropy(), dist.at_sampled
+        metrics.append({"entropy": entropy, "logp": at_sampled.detach(),
+                        **{name: value.detach() for name, value in out.metrics.items()}})
+    reduced = total
+    if any(needs):
+        cast = _Gradients(grads.hidden, None if grads.weight is None else grads.weight.to(head.weight.dtype), grads.bias)
+        reduced = _Precomputed.apply(total, cast, student, head.weight, head.bias)
+    merged = {name: torch.cat([m[name] for m in metrics]) for name in (metrics[0] if metrics else ())}
+    return Reduced(reduced, torch.cat(losses) if losses else weight_N.new_zeros(0), merged)
+
+
+def _view(hidden_nH: Tensor, head: Head, tokens_n: Tensor, temperature: float) -> TokenDist:
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return project(hidden_nH.detach(), head)
+
+    return TokenDist(logits, tokens_n, temperature)
+
+
+def _accumulate(grads: _Gradients, rows: slice, grad_nV: Tensor, h32: Tensor, weight32: Tensor) -> None:
+    if grads.hidden is not None:
+        grads.hidden[rows] = (grad_nV @ weight32).to(grads.hidden.dtype)
+    if grads.weight is not None:
+        grads.weight.addmm_(grad_nV.t(), h32)
+    if grads.bias is not None:
+        grads.bias += grad_nV.sum(0)

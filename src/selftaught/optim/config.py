@@ -1,0 +1,72 @@
+"""What a recipe says about optimisation and checkpoints, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from selftaught.records import Section
+
+
+class OptimConfig(Section):
+    """The recipe's `optim:` section. A step is one rollout batch; every schedule counts steps."""
+
+    steps: int = Field(gt=0, description="Rollout batches of the run.")
+    learning_rate: float = Field(1e-6, gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="Decay after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up; at most `steps`.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="What the decay ends at, as a share of the peak.")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled decay, of matrices only.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of AdamW's two moments, in [0, 1).")
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False, description="AdamW's epsilon.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled to this l2 norm; null: never.")
+    updates_per_batch: int = Field(1, gt=0, description="Optimiser updates per rollout batch; all share one rate.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights; moments are float32.")
+    activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    token_budget: int = Field(4096, gt=0, description="Tokens per micro-batch, prompts included.")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        for beta in betas:
+            if not 0 <= beta < 1:
+                raise ValueError(
+                    f"each of betas must be at least 0 and below 1, not {beta}; the usual are 0.9 and 0.999"
+                )
+        return betas
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> OptimConfig:
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, more than the run's {self.steps} steps: "
+                "the peak would never be reached; lower warmup_steps or raise steps"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """The recipe's `checkpoints:` section."""
+
+    every: int = Field(10, gt=0, description="Steps between two checkpoints.")
+    keep: int = Field(2, gt=0, description="How many of the newest stay on disk; the best one stays besides.")
+
+
+def learning_rate(config: OptimConfig, step: int) -> float:
+    """The rate of step number `step`, counted from 0. A pure function, so that a resumed run needs no state.
+
+    With W = warmup_steps, T = steps, peak p and floor m = min_lr_ratio:
+        step < W:   p (step + 1) / W                     the first update moves; update W - 1 has the peak
+        later:      p (m + (1 - m) f(x)),  x = min(1, (step - W) / (T - W))
+        f(x) = 1 (constant, which knows no floor),  1 - x (linear),  (1 + cos pi x) / 2 (cosine)
+    """
+    assert step >= 0, f"steps are counted from 0, got {step}"
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    done = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+    share = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)

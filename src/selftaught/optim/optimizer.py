@@ -1,0 +1,163 @@
+"""AdamW over named parameters, with float32 master copies for narrower ones, clipping, and exact state."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from selftaught.errors import UserError
+from selftaught.optim.config import OptimConfig, learning_rate
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Is this parameter subject to weight decay? Matrices are, embeddings and heads among them.
+
+    Vectors, biases of any shape (experts' are matrices) and the weights of norms are not.
+    """
+    parts = name.split(".")
+    return parameter.ndim >= 2 and not parts[-1].endswith("bias") and not any("norm" in part for part in parts[-2:])
+
+
+class Optimizer:
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) on the trainable ones of `named_parameters`.
+
+    A parameter that comes under two names (a tied head) is counted once, under its first name. One narrower
+    than float32 gets a float32 master copy: its gradients are summed in float32 over the micro-batches (so
+    `parameter.grad` is None after each backward pass), the update is done on the master, and the parameter
+    is the master rounded. Without it an update below 2^-9 of a bfloat16 weight would be lost.
+    The fused kernel is used: on a CPU 4.5 times as fast as the others, with no temporaries.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig) -> None:
+        self.config = config
+        self.skipped = 0
+        self._parameters: dict[str, Parameter] = {}
+        seen: set[int] = set()
+        for name, parameter in named_parameters:
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                self._parameters[name] = parameter
+        if not self._parameters:
+            raise UserError("no parameter of the model is trainable: leave at least one unfrozen")
+        self._updated = {name: self._master(parameter) for name, parameter in self._parameters.items()}
+        groups = [
+            {"params": [p for n, p in self._updated.items() if decays(n, p)], "weight_decay": config.weight_decay},
+            {"params": [p for n, p in self._updated.items() if not decays(n, p)], "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+    def _master(self, parameter: Parameter) -> Parameter:
+        """What AdamW updates: the parameter itself, or its float32 copy, which gathers the gradients."""
+        if parameter.dtype.itemsize >= 4:
+            return parameter
+        master = Parameter(parameter.detach().float())
+        alive = weakref.ref(master)  # a hook outlives its optimiser, and must not take a later one's gradients
+        parameter.register_post_accumulate_grad_hook(lambda p: _move_grad(p, alive()))
+        return master
+
+    def step(self, step: int) -> dict[str, float]:
+        """One update at the rate of step number `step` (from 0), from the gradients gathered so far.
+
+        Returns `learning_rate`, `grad_norm` (l2 over all, before clipping), `skipped` (0 or 1) and
+        `skipped_total`. Where the norm is not finite nothing is changed: no weight, no moment, no count.
+        Gradients are left for `zero_grad`.
+        """
+        for name, master in self._masters():
+            _move_grad(self._parameters[name], master)  # written into .grad by hand, without a backward pass
+        grads = [p.grad for p in self._updated.values() if p.grad is not None]
+        norm = get_total_norm(grads, foreach=True) if grads else torch.zeros(())
+        rate = learning_rate(self.config, step)
+        metrics = {"learning_rate": rate, "grad_norm": float(norm), "skipped": 0.0}
+        if math.isfinite(metrics["grad_norm"]):
+            if self.config.max_grad_norm is not None:
+                clip_grads_with_norm_(self._updated.values(), self.config.max_grad_norm, norm, foreach=True)
+            for group in self._adamw.param_groups:
+                group["lr"] = rate
+            self._adamw.step()
+            self._copy_back()
+        else:
+            self.skipped += 1
+            metrics["skipped"] = 1.0
+        metrics["skipped_total"] = float(self.skipped)
+        return metrics
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, those of the master copies too."""
+        self._adamw.zero_grad(set_to_none)
+        for name, _ in self._masters():
+            self._parameters[name].grad = None
+
+    def _masters(self) -> list[tuple[str, Parameter]]:
+        return [(n, p) for n, p in self._updated.items() if p is not self._parameters[n]]
+
+    @torch.no_grad()
+    def _copy_back(self) -> None:
+        for name, master in self._masters():
+            self._parameters[name].copy_(master)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`step/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, and `master/NAME` where there is one. Not copied."""
+        tensors = {f"master/{name}": master.detach() for name, master in self._masters()}
+        for name, parameter in self._updated.items():
+            moments = self._adamw.state.get(parameter, {})  # empty until the parameter first had a gradient
+            tensors |= {f"{key}/{name}": value for key, value in moments.items()}
+        return tensors
+
+    def state(self) -> dict[str, Any]:
+        """What is not a tensor, as JSON."""
+        return {"skipped": self.skipped}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Continue from `state_tensors()` and `state()` of an optimiser of the same parameters, bit for bit.
+
+        Values are copied. Master copies overwrite the model's narrower weights.
+        Raises `UserError` where a name or a shape is another model's.
+        """
+        self._refuse_others(tensors)
+        for name, parameter in self._updated.items():
+            self._adamw.state.pop(parameter, None)
+            if f"exp_avg/{name}" in tensors:
+                self._adamw.state[parameter] = {
+                    key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in _MOMENTS
+                }
+        for name, master in self._masters():
+            master.copy_(tensors[f"master/{name}"])
+        self._copy_back()
+        self.skipped = int(state["skipped"])
+
+    def _refuse_others(self, tensors: Mapping[str, Tensor]) -> None:
+        remedy = "resume with the model, dtype and adapter settings that the checkpoint was made with"
+        for key, tensor in tensors.items():
+            kind, name = key.split("/", 1)
+            here = self._updated.get(name)
+            if here is None or (kind != "step" and here.shape != tensor.shape):
+                shape = "no such parameter" if here is None else f"shape {tuple(here.shape)}"
+                raise UserError(
+                    f"the checkpoint's optimiser state {key!r} of shape {tuple(tensor.shape)} does not fit "
+                    f"the model, which has {shape}: {remedy}"
+                )
+        for name, _ in self._masters():
+            if f"master/{name}" not in tensors:
+                raise UserError(f"the checkpoint holds no float32 master copy of {name!r}: {remedy}")
+
+
+@torch.no_grad()
+def _move_grad(parameter: Tensor, master: Parameter | None) -> None:
+    """Add the parameter's gradient to the master's in float32, and drop it."""
+    if parameter.grad is None or master is None:
+        return
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad.add_(parameter.grad)
+    parameter.grad = None

@@ -1,0 +1,178 @@
+"""Frozen records that flow through the stages. No behaviour lives here.
+
+A record is made by one stage and read by later ones; stages know records and never one another.
+Token ids are plain tuples of int until `score` packs them, so that a record can be saved and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+Message = Mapping[str, str]
+Weights = Literal["live", "initial", "ema", "snapshot", "external"]
+Context = Literal["plain", "privileged"]
+Status = Literal["right", "wrong", "unparsed", "timeout", "error"]
+Finish = Literal["stop", "length"]
+
+
+class Section(BaseModel):
+    """Base of every section of a recipe: typed, frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is conditioned on. `media` and `positions` are the backbone's alone to read."""
+
+    token_ids: tuple[int, ...]
+    media: Any = None
+    positions: Any = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to solve. `id` is a digest of the canonical content: equal problems have equal ids.
+
+    `prompt` is text (a question) or chat messages; `columns` holds every column of the source, by the
+    source's own names, for the reward and the privilege.
+    """
+
+    id: str
+    prompt: str | tuple[Message, ...]
+    answer: str | None = None
+    solution: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses were drawn. The defaults sample from the model's own distribution, untruncated."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    max_completion_length: int = 512
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to sample from. (seed, step, problem.id, sample) keys the randomness of every rollout."""
+
+    problem: Problem
+    prompt: Prompt
+    step: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response y ~ pi(. | x), never re-tokenised.
+
+    `token_ids` includes the stop token where `finish` is "stop"; `text` is the response without it.
+    `logp_sampler` is the sampler's own log-prob of each token, in nats, at the sampling's temperature.
+    `loss_mask` is False on tokens that the model did not write (None: it wrote them all).
+    `version` is that of the weights that wrote it.
+    """
+
+    problem: Problem
+    sample: int
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    logp_sampler: tuple[float, ...]
+    text: str
+    finish: Finish
+    sampling: Sampling
+    version: int
+    step: int
+    loss_mask: tuple[bool, ...] | None = None
+    segments: tuple[tuple[int, int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says of one rollout. `score` None: no opinion, left out of the group's statistics."""
+
+    score: float | None
+    status: Status = "wrong"
+    feedback: str | None = None
+    answer: str | None = None
+    strategy: str | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Privilege:
+    """c, what the student may not see, and the prompt that carries it. `cut` counts evidence tokens cut away."""
+
+    kind: str
+    text: str
+    prompt: Prompt
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class View:
+    """Weights x context under which the same response tokens are scored.
+
+    `every` is the refresh interval of a snapshot in steps; `rate` is the step of an exponential moving
+    average, teacher <- (1 - rate) teacher + rate student.
+    """
+
+    weights: Weights
+    context: Context = "plain"
+    every: int | None = None
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """N response tokens of B rollouts, ragged and concatenated: all that an objective needs beside logits.
+
+    tokens_N, sequence_ids_N: int64; sequence_ids are 0..B-1. reward_B: float, NaN means no opinion.
+    group_B: int64, rollouts of one problem share it. logp_old_N: the trainer's own log-probs before the
+    update, None means on-policy. privileged_B: bool, None means all. terminal_N: bool, None means none.
+    mask_N: bool, False is neither in the loss nor counted. logp_sampler_N: the sampler's own log-probs.
+    step: optimiser batches done so far.
+    """
+
+    tokens: Tensor
+    sequence_ids: Tensor
+    reward: Tensor | None = None
+    group: Tensor | None = None
+    logp_old: Tensor | None = None
+    privileged: Tensor | None = None
+    terminal: Tensor | None = None
+    mask: Tensor | None = None
+    logp_sampler: Tensor | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimiser batch: what objectives see, and the token ids that every view is scored on.
+
+    `contexts` holds for "plain" and "privileged" the prompt of each rollout (the plain one where a rollout has no
+    privilege); `responses` the response ids of each rollout, in the order of `tokens`.
+    """
+
+    tokens: TokenBatch
+    contexts: Mapping[str, tuple[tuple[int, ...], ...]]
+    responses: tuple[tuple[int, ...], ...]
+
+
+Credit = Mapping[str, Tensor]  # per-token constants (N,): always `counted`; `logp_old`, `advantage`, ... by method
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Per-token objective of one chunk, unreduced: loss (n,), and metrics (n,) by name."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)

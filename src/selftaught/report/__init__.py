@@ -1,0 +1,25 @@
+"""Stage 10: the run folder, metrics, trackers, progress, the HTML report and the model card."""
+
+from selftaught.report.card import model_card
+from selftaught.report.curves import write_curves
+from selftaught.report.folder import RunFolder
+from selftaught.report.health import Health
+from selftaught.report.html import write_report
+from selftaught.report.progress import Progress, duration
+from selftaught.report.trackers import ReportConfig, Trackers
+from selftaught.report.versions import versions
+from selftaught.report.words import result_sentence
+
+__all__ = [
+    "Health",
+    "Progress",
+    "ReportConfig",
+    "RunFolder",
+    "Trackers",
+    "duration",
+    "model_card",
+    "result_sentence",
+    "versions",
+    "write_curves",
+    "write_report",
+]

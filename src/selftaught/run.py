@@ -1,0 +1,203 @@
+"""Run: the one typed description of a run, and how a recipe becomes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from selftaught.data import DataConfig
+from selftaught.errors import UserError, nearest
+from selftaught.eval import EvalConfig
+from selftaught.loss import LossConfig
+from selftaught.methods import Method, build
+from selftaught.optim import CheckpointConfig, OptimConfig
+from selftaught.privilege import PrivilegeConfig
+from selftaught.records import Section
+from selftaught.report import ReportConfig
+from selftaught.reward import RewardConfig
+from selftaught.rollout import RolloutConfig
+from selftaught.score import ScoreConfig
+
+SHORT = {"data": "source", "method": "name", "privilege": "kind"}  # `method: grpo` is short for {name: grpo}
+RECIPES = files("selftaught") / "recipes"
+
+
+class MethodConfig(BaseModel):
+    """Which method, and the paper's symbols that differ from its defaults."""
+
+    model_config = {"frozen": True, "extra": "allow"}
+    name: str = Field(description="a shipped method, `file.py:Class`, `module:Class` or an entry point")
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    def build(self) -> Method:
+        """Raises UserError for an unknown name or field, or a value that the method refuses."""
+        return build(self.name, **self.fields)
+
+
+class Run(Section):
+    """A whole run. Its keys are the recipe's and, mostly, the folders of the package."""
+
+    model: str = Field(description="a folder, a Hub name, or `quickstart`")
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig | None = None
+    privilege: PrivilegeConfig | None = None
+    score: ScoreConfig = ScoreConfig()
+    loss: LossConfig = LossConfig()
+    method: MethodConfig
+    optim: OptimConfig = OptimConfig(steps=100)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    report: ReportConfig = ReportConfig()
+    device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    seed: int = Field(0, ge=0)
+    out: str = Field("runs/run", description="the run's folder")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        value = dict(value)
+        for section, field in SHORT.items():
+            given = value.get(section)
+            if isinstance(given, str) or (section == "data" and isinstance(given, list)):
+                value[section] = {field: given}
+        return value
+
+    @field_validator("method")
+    @classmethod
+    def _method_exists(cls, method: MethodConfig) -> MethodConfig:
+        method.build()
+        return method
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Run:
+        method = self.method.build()
+        privileged = [name for name, view in method.views.items() if view.context == "privileged"]
+        if privileged and self.privilege is None:
+            raise UserError(f"method {method.name!r}: its {privileged[0]} sees a privilege, but the recipe has none; "
+                            "add for example `privilege: {kind: answer}`")
+        if "reward" in method.needs and self.reward is None:
+            raise UserError(f"method {method.name!r} needs a reward, but the recipe has none; add `reward: NAME`")
+        if self.reward is None and self.data.heldout > 0:
+            raise UserError("reward: nothing can be measured on held-out problems without one; "
+                            "add `reward: NAME` or set data.heldout=0")
+        if "group" in method.needs and self.rollout.num_generations < 2:
+            raise UserError(f"rollout.num_generations = {self.rollout.num_generations}: method {method.name!r} compares "
+                            "the rollouts of a group and needs at least 2")
+        truncated = self.rollout.top_p < 1 or self.rollout.top_k is not None
+        if truncated and not self.rollout.allow_truncated_support:
+            raise UserError("rollout.top_p, rollout.top_k: the sampler would draw from fewer tokens than the scorer "
+                            "counts, so log-probs would not be of one distribution; sample untruncated, or set "
+                            "rollout.allow_truncated_support=true")
+        if self.loss.reduction == "constant" and self.loss.length is None:
+            raise UserError("loss.length: reduction `constant` divides by it; set it, for example to "
+                            "rollout.max_completion_length")
+        if self.optim.token_budget <= self.rollout.max_completion_length:
+            raise UserError(f"optim.token_budget = {self.optim.token_budget}: too small for one response of "
+                            f"rollout.max_completion_length = {self.rollout.max_completion_length} with its prompt; "
+                            "raise it")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole run as plain data: what `run.yaml` holds."""
+        return self.model_dump(mode="json", serialize_as_any=True)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship, by the name to call them with."""
+    root = Path(str(RECIPES))
+    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
+
+
+def load_run(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = (),
+             sections: Mapping[str, Any] | None = None) -> Run:
+    """The run of a shipped recipe's name, a YAML path or a mapping, with whole `sections` in the place of the
+    recipe's, and then `a.b=c` overrides.
+
+    Raises:
+        UserError: no such recipe, broken YAML, an unknown key (the nearest is named), a wrong type or value.
+    """
+    tree = (dict(recipe) if isinstance(recipe, Mapping) else _read(str(recipe))) | dict(sections or {})
+    for override in overrides:
+        _override(tree, override)
+    return make_run(tree)
+
+
+def make_run(tree: Mapping[str, Any]) -> Run:
+    """A Run from plain data; every fault is one UserError that lists fields, values and remedies."""
+    try:
+        return Run.model_validate(dict(tree))
+    except ValidationError as error:
+        raise UserError("\n".join(dict.fromkeys(_fault(fault) for fault in error.errors()))) from None
+
+
+def _read(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if not path.is_file() and recipe in recipe_names():
+        path = Path(str(RECIPES)) / f"{recipe}.yaml"
+    if not path.is_file():
+        raise UserError(f"recipe {recipe!r}: neither a file nor a shipped recipe; {nearest(recipe, recipe_names())}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path}: must be a mapping of keys such as model, data, method; it is empty or a list")
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"override {override!r}: write it as key=value, for example optim.steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    *parents, last = path.split(".")
+    node = tree
+    for key in parents:
+        inner = node.get(key)
+        if isinstance(inner, str) and key in SHORT:
+            inner = {SHORT[key]: inner}
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"override {override!r}: {key} is {inner!r}, which has no fields; override it whole")
+        node[key] = dict(inner)
+        node = node[key]
+    node[last] = value
+
+
+def _fault(fault: Any) -> str:
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {place!r}; {nearest(str(fault['loc'][-1]), _known(fault['loc'][:-1]))}"
+    if fault["type"] == "missing":
+        return f"{place}: missing; every recipe needs it"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return message if not place or message.startswith((place, place.split(".")[0])) else f"{place}: {message}"
+    return f"{place} = {fault['input']!r}: {message}"
+
+
+def _known(location: Sequence[Any]) -> list[str]:
+    """Field names of the section at that place of the recipe."""
+    model: Any = Run
+    for part in location:
+        if not isinstance(part, str) or part not in getattr(model, "model_fields", {}):
+            continue
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
+    return list(model.model_fields)

@@ -1,0 +1,6 @@
+"""The views: (weights, context) to hidden states to distributions, chunk by chunk."""
+
+from selftaught.score.backbone import Backbone, ScoreConfig
+from selftaught.score.views import Micro, Scorer
+
+__all__ = ["Backbone", "Micro", "ScoreConfig", "Scorer"]

@@ -1,0 +1,152 @@
+"""Segmented attention: a prompt once, each response against the prompt's keys and values and its own.
+
+transformers' models hand queries, keys and values to a function chosen by name, and pass keyword arguments of
+the forward call on to it. The function registered here gives them to the `segments` object of that call: this
+module's for scoring, the sampler's own for decoding. There is no (T, T) mask and no generation cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import AttentionInterface
+
+from selftaught.tensors import Packed
+
+NAME = "selftaught"
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")  # extra arguments that change what attention computes
+
+
+class Attends(Protocol):
+    """What computes attention for one forward call."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
+               window: int | None) -> Tensor:
+        """query (Hq, T, D), key and value (Hkv, T, D), after rotary positions, to (T, Hq, D)."""
+        ...
+
+
+class UnsupportedAttention(Exception):
+    """The model's attention computes something that the segmented layout cannot."""
+
+
+def segmented_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                        scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+                        segments: Attends | None = None, **extra: Any) -> tuple[Tensor, None]:
+    """The attention function that transformers calls; query (1, Hq, T, D), returns (1, T, Hq, D)."""
+    for name in UNSUPPORTED:
+        if extra.get(name) is not None:
+            raise UnsupportedAttention(f"attention with `{name}`")
+    if segments is None:
+        raise UnsupportedAttention("a model that does not pass keyword arguments on to its attention")
+    if dropout or not getattr(module, "is_causal", True):
+        raise UnsupportedAttention("attention dropout" if dropout else "bidirectional attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = segments.attend(module.layer_idx, query[0], key[0], value[0], scale, sliding_window)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, segmented_attention)
+
+
+def causal_mask(queries: int, prefix: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of [prefix + keys] each query sees; query i stands at position prefix + i: (queries, prefix + keys)."""
+    q = torch.arange(queries, device=device)[:, None] + prefix
+    k = torch.arange(prefix + keys, device=device)[None, :]
+    seen = k <= q
+    return seen if window is None else seen & (q - k < window)
+
+
+class Segments:
+    """Attention of one packed pass; index tensors are made once and used by every layer."""
+
+    def __init__(self, packed: Packed) -> None:
+        self.common = packed.common
+        self.groups = packed.groups
+        device = packed.token_ids.device
+        self._rows: list[tuple[Tensor, Tensor] | None] = []
+        self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
+        for group in packed.groups:
+            lengths = torch.tensor(group.responses, device=device)
+            longest = int(lengths.max()) if len(group.responses) else 0
+            if longest == 0:
+                self._rows.append(None)
+                continue
+            first = group.start + group.prompt + torch.cumsum(lengths, 0) - lengths
+            offset = torch.arange(longest, device=device)[None, :]
+            real = offset < lengths[:, None]
+            self._rows.append((torch.where(real, first[:, None] + offset, first[:1, None]), real))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
+               window: int | None) -> Tensor:
+        repeat = query.shape[0] // key.shape[0]
+        if repeat > 1:
+            key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
+        head_k, head_v = key[:, : self.common], value[:, : self.common]
+        pieces = []
+        if self.common:
+            pieces.append(self._causal(query[:, : self.common], head_k, head_v, scaling, window))
+        for group, rows in zip(self.groups, self._rows, strict=True):
+            span = slice(group.start, group.start + group.prompt)
+            prompt_k = torch.cat([head_k, key[:, span]], dim=1) if self.common else key[:, span]
+            prompt_v = torch.cat([head_v, value[:, span]], dim=1) if self.common else value[:, span]
+            pieces.append(self._causal(query[:, span], prompt_k, prompt_v, scaling, window))
+            if rows is not None:
+                pieces.append(self._responses(rows, query, key, value, prompt_k, prompt_v, scaling, window))
+        return torch.cat(pieces)
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+        """The last queries of a causal sequence, (Hq, S, D) against (Hq, S' + S, D): (S, Hq, D)."""
+        size, before = q.shape[1], k.shape[1] - q.shape[1]
+        mask = None
+        if before or (window is not None and window < size):
+            mask = self._mask(size, before, size, window, q)
+        out = sdpa(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scaling)
+        return out[0].transpose(0, 1)
+
+    def _responses(self, rows: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, prompt_k: Tensor,
+                   prompt_v: Tensor, scaling: float, window: int | None) -> Tensor:
+        index_GR, real_GR = rows
+        responses, longest = index_GR.shape
+        heads, prompt = prompt_k.shape[:2]
+
+        def padded(x: Tensor) -> Tensor:  # (Hq, T, D) to (G, Hq, R, D)
+            return x[:, index_GR].transpose(0, 1)
+
+        def context(shared: Tensor, own: Tensor) -> Tensor:
+            return torch.cat([shared.expand(responses, heads, prompt, -1), padded(own)], dim=2)
+
+        window = None if window is None or window >= prompt + longest else window
+        mask = self._mask(longest, prompt, longest, window, query)
+        out = sdpa(padded(query), context(prompt_k, key), context(prompt_v, value), attn_mask=mask, scale=scaling)
+        return out.transpose(1, 2)[real_GR]
+
+    def _mask(self, queries: int, prefix: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+        shape = (queries, prefix, keys, window)
+        if shape not in self._masks:
+            self._masks[shape] = causal_mask(*shape, device=like.device)
+        return self._masks[shape]
+
+
+class Recorded(Segments):
+    """Segments that keep the keys and values of every prompt, for decoding to go on from."""
+
+    def __init__(self, packed: Packed) -> None:
+        super().__init__(packed)
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
+               window: int | None) -> Tensor:
+        self.layers[layer] = self._by_prompt(key), self._by_prompt(value)
+        return super().attend(layer, query, key, value, scaling, window)
+
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        """(Hkv, T, D) to (prompts, Hkv, P, D), padded on the right."""
+        longest = max(group.prompt for group in self.groups)
+        return torch.stack([torch.cat([
+            x[:, : self.common], pad(x[:, g.start : g.start + g.prompt], (0, 0, 0, longest - g.prompt)),
+        ], dim=1) for g in self.groups])

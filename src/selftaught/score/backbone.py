@@ -1,0 +1,190 @@
+"""The only place that knows model classes, attention layouts, and where a model keeps its head."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from selftaught.errors import UserError
+from selftaught.records import Section
+from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
+from selftaught.tensors import Packed, pack
+from selftaught.vocabulary import Head, project
+
+PROBE_TOLERANCE = 1e-3  # of the largest logit; in float32 layouts differ by the order of sums alone
+LOW_TOLERANCE = 0.1  # the same in bfloat16
+Named = Mapping[str, Tensor]
+
+
+class ScoreConfig(Section):
+    """How responses are scored under each view."""
+
+    layout: Literal["auto", "shared", "plain"] = Field(
+        "auto", description="shared: every prompt once per group; plain: one row per rollout; auto: shared where it "
+        "gives the same numbers, else plain with a warning")
+
+
+class Backbone:
+    """A causal language model split in two: hidden states of packed rollouts, and the vocabulary head.
+
+    Weights other than the model's own are passed as a mapping from parameter name to tensor; the module, its mode
+    and its gradients are never touched by such a pass.
+    """
+
+    def __init__(self, model: nn.Module, layout: str = "auto") -> None:
+        self.model: Any = model
+        self.layout = layout
+        self.config = model.config.get_text_config()
+        prefix = model.base_model_prefix
+        if not hasattr(model, prefix) or model.get_output_embeddings() is None:
+            raise UserError(f"model {type(model).__name__}: no backbone with a vocabulary head was found in it; "
+                            "use a causal language model")
+        self._base, self._prefix = getattr(model, prefix), f"{prefix}."
+        names = {id(p): name for name, p in model.named_parameters()}
+        embeddings = model.get_output_embeddings()
+        bias = getattr(embeddings, "bias", None)
+        self._head = names[id(embeddings.weight)], None if bias is None else names[id(bias)]
+        self._scale, self._softcap = _logit_transform(self.config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocabulary(self) -> int:
+        return self.head().weight.shape[0]
+
+    def head(self, weights: Named | None = None) -> Head:
+        """The vocabulary head under the model's own weights or the given ones."""
+        weight, bias = self._head
+        held = dict(self.model.named_parameters()) if weights is None else weights
+        return Head(held[weight], None if bias is None else held[bias], self._scale, self._softcap)
+
+    def logits(self, hidden_nH: Tensor) -> Tensor:
+        """(n, V) in float32, under the model's own weights."""
+        return project(hidden_nH, self.head())
+
+    def hidden(self, packed: Packed, weights: Named | None = None) -> Tensor:
+        """The hidden states (N, H) that predict each scored token, in rollout order."""
+        if self.layout == "plain":
+            return self._plain(packed, weights)
+        return self.run(packed.token_ids, packed.positions, Segments(packed), weights)[packed.predict]
+
+    def run(self, token_ids_T: Tensor, positions_T: Tensor, segments: Attends, weights: Named | None = None) -> Tensor:
+        """One pass over packed tokens with attention computed by `segments`: hidden states (T, H)."""
+        with self._attention(NAME):
+            return self._call({"input_ids": token_ids_T[None], "position_ids": positions_T[None],
+                               "segments": segments}, weights)[0]
+
+    def prefill(self, prompts: list[tuple[int, ...]]) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+        """Distinct prompts, each computed once: last hidden states (P, H), and keys and values by layer.
+
+        Keys and values are (prompts, Hkv, longest prompt, D), padded on the right.
+        """
+        packed = pack(prompts, [(0,)] * len(prompts), str(self.device))
+        segments = Recorded(packed)
+        return self.run(packed.token_ids, packed.positions, segments)[packed.predict], segments.layers
+
+    def step(self, token_ids_BT: Tensor, past: Any) -> tuple[Tensor, Any]:
+        """The model's own incremental forward, for decoding where `run` cannot: last hidden states (B, H), cache."""
+        out = self._base(input_ids=token_ids_BT, past_key_values=past, use_cache=True)
+        return out.last_hidden_state[:, -1], out.past_key_values
+
+    def _plain(self, packed: Packed, weights: Named | None) -> Tensor:
+        """The reference: one row per rollout, padded on the right, by the model's own attention."""
+        inputs = [prompt + response[:-1] for prompt, response in packed.rows]
+        longest = max(map(len, inputs))
+        ids = torch.zeros(len(inputs), longest, dtype=torch.int64)
+        real = torch.zeros_like(ids)
+        for row, tokens in enumerate(inputs):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            real[row, : len(tokens)] = 1
+        hidden = self._call({"input_ids": ids.to(self.device), "attention_mask": real.to(self.device)}, weights)
+        return torch.cat([hidden[row, len(prompt) - 1 : len(prompt) - 1 + len(response)]
+                          for row, (prompt, response) in enumerate(packed.rows)])
+
+    def _call(self, inputs: dict[str, Any], weights: Named | None) -> Tensor:
+        inputs = {**inputs, "use_cache": False}
+        if weights is None:
+            return self._base(**inputs).last_hidden_state
+        own = {name.removeprefix(self._prefix): value for name, value in weights.items()
+               if name.startswith(self._prefix)}
+        with self.frozen():
+            return functional_call(self._base, own, (), inputs).last_hidden_state
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Dropout off and no gradient, whatever mode the student is in; its mode comes back afterwards."""
+        training = {module for module in self.model.modules() if module.training}
+        try:
+            if training:
+                self.model.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    @contextmanager
+    def _attention(self, name: str) -> Iterator[None]:
+        before = self.config._attn_implementation
+        self.config._attn_implementation = name
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
+
+    def verify(self, prompts: list[tuple[int, ...]], responses: list[tuple[int, ...]]) -> dict[str, float]:
+        """Compare the head and the shared layout with the model's own forward on a probe batch.
+
+        Falls back to the plain layout, with a warning, where the shared one is not supported or gives other
+        numbers. Returns the largest differences of logits, relative to the largest logit where that is above 1.
+
+        Raises:
+            UserError: the model's logits are not its hidden states through its head (an unknown scale or cap).
+        """
+        packed = pack(prompts, responses, str(self.device))
+        asked, self.layout = self.layout, "plain"
+        with self.frozen():
+            row = torch.tensor([prompts[0] + responses[0][:-1]], device=self.device)
+            own = self.model(input_ids=row, use_cache=False).logits[0, len(prompts[0]) - 1 :].float()
+            reference = self.hidden(packed)
+            size = max(1.0, own.abs().max().item())
+            tolerance = PROBE_TOLERANCE if reference.dtype in (torch.float32, torch.float64) else LOW_TOLERANCE
+            gap = {"head": (self.logits(reference[: len(responses[0])]) - own).abs().max().item() / size}
+            if gap["head"] > tolerance:
+                raise UserError(f"model {type(self.model).__name__}: its logits are not its hidden states through its "
+                                f"head (relative difference {gap['head']:.3g}): an unknown scale, cap or adapter on "
+                                "the head; use a model whose head is a plain linear map")
+            if asked == "plain":
+                return gap
+            try:
+                self.layout = "shared"
+                gap["layout"] = (self.logits(self.hidden(packed)) - self.logits(reference)).abs().max().item() / size
+                reason = f"it differs by {gap['layout']:.3g} from the plain layout" if gap["layout"] > tolerance else ""
+            except (UnsupportedAttention, TypeError) as error:
+                reason = f"{error} is not supported"
+        if reason:
+            self.layout = "plain"
+            if asked == "shared":
+                raise UserError(f"score.layout: shared, but with {type(self.model).__name__} {reason}; use auto or plain")
+            warnings.warn(f"{type(self.model).__name__}: {reason} in the shared-prefix layout; falling back to one row "
+                          "per rollout: the same numbers, slower", stacklevel=2)
+        return gap
+
+
+def _logit_transform(config: Any) -> tuple[float, float | None]:
+    """(scale, softcap) of the logits by the names that model families give them; `verify` checks the result."""
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / config.logits_scaling
+    if getattr(config, "logit_scale", None):  # Cohere multiplies
+        scale = config.logit_scale
+    return scale, getattr(config, "final_logit_softcapping", None)

@@ -1,0 +1,84 @@
+"""The views of a batch: (weights, context) to hidden states and heads, for one micro-batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selftaught.records import Batch, View
+from selftaught.score.backbone import Backbone, Named
+from selftaught.tensors import offsets, pack, split_by_budget
+from selftaught.vocabulary import Head, sampled_log_probs
+
+STUDENT = View("live", "plain")
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Some rollouts of a batch, whole, and where their tokens lie in it."""
+
+    rollouts: list[int]
+    tokens: slice
+
+
+class Scorer:
+    """Scores one batch under the student and a method's views, in micro-batches of at most `token_budget` tokens.
+
+    `weights(view name)` gives the parameters of a view, or None where it uses the student's own.
+    """
+
+    def __init__(self, backbone: Backbone, views: Mapping[str, View], weights: Callable[[str], Named | None],
+                 token_budget: int, temperature: float = 1.0) -> None:
+        self.backbone, self.views, self.weights = backbone, {"student": STUDENT, **views}, weights
+        self.token_budget, self.temperature = token_budget, temperature
+
+    def split(self, batch: Batch) -> Iterator[Micro]:
+        """Micro-batches in order; every view of each fits the budget."""
+        contexts = [batch.contexts[c] for c in sorted({view.context for view in self.views.values()})]
+        ends = offsets(map(len, batch.responses))
+        for rollouts in split_by_budget(contexts, batch.responses, self.token_budget):
+            yield Micro(rollouts, slice(ends[rollouts[0]], ends[rollouts[-1] + 1]))
+
+    def hidden(self, batch: Batch, micro: Micro) -> dict[str, Tensor]:
+        """(n, H) for "student", with gradient if enabled, and for each view, without; equal views are run once."""
+        found: dict[tuple[str, str], Tensor] = {}
+        out = {}
+        for name, view in self.views.items():
+            key = (view.weights if name != "student" else "student", view.context)
+            if key not in found:
+                found[key] = self._run(batch, micro, name, view)
+            out[name] = found[key]
+        return out
+
+    def heads(self) -> dict[str, Head]:
+        """The vocabulary head of every view."""
+        return {name: self.backbone.head(None if name == "student" else self.weights(name)) for name in self.views}
+
+    def sampled(self, names: frozenset[str], batch: Batch) -> dict[str, Tensor]:
+        """Log-probs (N,) of the sampled tokens under each named view; "student.entropy" is the student's entropy."""
+        out: dict[str, list[Tensor]] = {name: [] for name in sorted(names)}
+        wanted = {name.removesuffix(".entropy") for name in names}
+        with torch.no_grad():
+            for micro in self.split(batch) if names else ():
+                for name in sorted(wanted):
+                    hidden = self._run(batch, micro, name, self.views[name])
+                    head = self.backbone.head(None if name == "student" else self.weights(name))
+                    logp, entropy = sampled_log_probs(hidden, head, batch.tokens.tokens[micro.tokens],
+                                                      temperature=self.temperature,
+                                                      entropy=f"{name}.entropy" in names)
+                    if name in names:
+                        out[name].append(logp)
+                    if entropy is not None:
+                        out[f"{name}.entropy"].append(entropy)
+        return {name: torch.cat(parts) for name, parts in out.items()}
+
+    def _run(self, batch: Batch, micro: Micro, name: str, view: View) -> Tensor:
+        prompts = [batch.contexts[view.context][i] for i in micro.rollouts]
+        packed = pack(prompts, [batch.responses[i] for i in micro.rollouts], str(self.backbone.device))
+        if name == "student":
+            return self.backbone.hidden(packed)
+        with self.backbone.frozen():
+            return self.backbone.hidden(packed, self.weights(name))

@@ -1,0 +1,208 @@
+"""The only place that knows about packing offsets, masks, -inf and float32 log-sum-exp.
+
+Shape suffixes, used everywhere:
+
+    N  response tokens of a batch       n  tokens of one chunk       B  rollouts of a batch
+    T  tokens of a packed pass          V  vocabulary                H  hidden width
+    G  rollouts of one group            P  tokens of one prompt      R  tokens of the longest response of a group
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0  # every log-ratio is clamped to +-20 before it is exponentiated: exp(20) is 5e8
+
+
+# ---------------------------------------------------------------------------------------------- precision and -inf
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float64 stays float64; everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """a - b of log-probs, 0 (without gradient) where either is not finite: -inf minus -inf is no evidence."""
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    zero = torch.zeros((), dtype=a.dtype, device=a.device)
+    return torch.where(finite, torch.where(finite, a, zero) - torch.where(finite, b, zero), zero)
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """exp(a - b) of log-probs, the difference clamped to +-20."""
+    return difference(a, b).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def product(p: Tensor, log_ratio: Tensor) -> Tensor:
+    """p * log_ratio with 0 (value and gradient) where p is 0, so that 0 * inf is 0 and never NaN."""
+    positive = p > 0
+    zero = torch.zeros((), dtype=p.dtype, device=p.device)
+    return torch.where(positive, p * torch.where(positive, log_ratio, zero), zero)
+
+
+# ----------------------------------------------------------------------------------------------------- segments
+
+
+def segment_sum(values_N: Tensor, ids_N: Tensor, count: int) -> Tensor:
+    """Sum of `values` within each segment: (count,)."""
+    return values_N.new_zeros(count).index_add_(0, ids_N, values_N)
+
+
+def segment_mean(values_N: Tensor, ids_N: Tensor, count: int, where_N: Tensor | None = None) -> Tensor:
+    """Mean of `values` within each segment over `where`; 0 for a segment without any: (count,)."""
+    where = torch.ones_like(values_N) if where_N is None else where_N.to(values_N.dtype)
+    total = segment_sum(torch.where(where > 0, values_N, torch.zeros_like(values_N)), ids_N, count)
+    return total / segment_sum(where, ids_N, count).clamp_min(1)
+
+
+class Reducer(Protocol):
+    """What anything global to an optimiser batch goes through; with one process it is the identity."""
+
+    def sum(self, x: Tensor) -> Tensor: ...
+
+    def gather(self, x: Tensor) -> Tensor: ...
+
+    def quantile(self, x: Tensor, q: float) -> Tensor: ...
+
+
+class Local:
+    """The reducer of a single process."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def quantile(self, x: Tensor, q: float) -> Tensor:
+        return torch.quantile(x, q)
+
+
+LOCAL: Reducer = Local()
+
+
+# ------------------------------------------------------------------------------------------------------ packing
+
+
+MIN_COMMON = 16  # a shorter common prefix (a chat template's opening) is not worth another segment
+
+
+@dataclass(frozen=True)
+class Group:
+    """Where one prompt and its responses lie in a packed pass: prompt at [start, start + prompt), then responses.
+
+    `prompt` counts the prompt's tokens after the pass's common prefix. `responses` counts the response tokens
+    that are *inputs*: the last token of a response predicts nothing that is scored, so it is left out.
+    """
+
+    start: int
+    prompt: int
+    responses: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One pass through a backbone without padding: what prompts have in common, then group by group
+    [rest of the prompt][response 1]...[response G].
+
+    token_ids_T, positions_T: int64. `common`: tokens at the start that every prompt begins with (few-shot examples,
+    a system prompt), computed once for the whole pass. predict_N: for each scored response token, in rollout order,
+    the index into T of the hidden state that predicts it (for a first token, the prompt's last). `rows`: for each
+    rollout its prompt and response ids, from which the plain layout is made.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    predict: Tensor
+    common: int
+    groups: tuple[Group, ...]
+    rows: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+def common_prefix(prompts: Iterable[tuple[int, ...]]) -> int:
+    """How many tokens all prompts begin with, at least one of each left out; 0 if fewer than MIN_COMMON or one prompt."""
+    distinct = set(prompts)
+    if len(distinct) < 2:
+        return 0
+    first, last = min(distinct), max(distinct)  # the extremes in order differ where any two do
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    shared = min(shared, *(len(prompt) - 1 for prompt in distinct))
+    return shared if shared >= MIN_COMMON else 0
+
+
+def pack(prompts: Sequence[tuple[int, ...]], responses: Sequence[tuple[int, ...]], device: str = "cpu") -> Packed:
+    """Lay out B rollouts so that every distinct prompt is computed once. Prompts and responses are never empty."""
+    members: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        members.setdefault(prompt, []).append(index)
+    common = common_prefix(members)
+    tokens = list(prompts[0][:common])
+    positions = list(range(common))
+    groups = []
+    predict: list[list[int]] = [[] for _ in prompts]
+    for prompt, indices in members.items():
+        start, size = len(tokens), len(prompt)
+        tokens += prompt[common:]
+        positions += range(common, size)
+        last = len(tokens) - 1
+        for index in indices:
+            inputs = responses[index][:-1]
+            predict[index] = [last, *range(len(tokens), len(tokens) + len(inputs))]
+            tokens += inputs
+            positions += range(size, size + len(inputs))
+        groups.append(Group(start, size - common, tuple(len(responses[i]) - 1 for i in indices)))
+    return Packed(
+        token_ids=torch.tensor(tokens, device=device),
+        positions=torch.tensor(positions, device=device),
+        predict=torch.tensor([t for row in predict for t in row], device=device),
+        common=common,
+        groups=tuple(groups),
+        rows=tuple(zip(prompts, responses, strict=True)),
+    )
+
+
+def split_by_budget(contexts: Sequence[Sequence[tuple[int, ...]]], responses: Sequence[tuple[int, ...]],
+                    budget: int) -> Iterator[list[int]]:
+    """Cut rollouts 0..B-1, in order, into micro-batches whose every view packs into `budget` tokens.
+
+    `contexts` holds for each view the prompt of each rollout. A single rollout above the budget is a
+    micro-batch of its own: it is never cut.
+    """
+    commons = [common_prefix(view) for view in contexts]
+    current: list[int] = []
+    seen: list[set[tuple[int, ...]]] = [set() for _ in contexts]
+    used = list(commons)
+    for index, response in enumerate(responses):
+        prompts = [view[index] for view in contexts]
+        costs = _costs(prompts, response, seen, commons)
+        if current and any(u + c > budget for u, c in zip(used, costs, strict=True)):
+            yield current
+            current, seen, used = [], [set() for _ in contexts], list(commons)
+            costs = _costs(prompts, response, seen, commons)
+        current.append(index)
+        used = [u + c for u, c in zip(used, costs, strict=True)]
+        for view_seen, prompt in zip(seen, prompts, strict=True):
+            view_seen.add(prompt)
+    if current:
+        yield current
+
+
+def _costs(prompts: list[tuple[int, ...]], response: tuple[int, ...], seen: list[set[tuple[int, ...]]],
+           commons: list[int]) -> list[int]:
+    """Tokens that one more rollout adds to the pass of each view."""
+    return [len(response) - 1 + (0 if prompt in known else len(prompt) - common)
+            for prompt, known, common in zip(prompts, seen, commons, strict=True)]
+
+
+def offsets(lengths: Iterable[int]) -> list[int]:
+    """[0, l0, l0 + l1, ...]."""
+    out = [0]
+    for length in lengths:
+        out.append(out[-1] + length)
+    return out

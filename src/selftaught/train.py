@@ -1,0 +1,151 @@
+"""The loop: sample, verify, score, credit, loss, update. It reads like the papers' algorithm box."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from selftaught.assemble import assemble, lay_ground, make_batch, privileges_of, requests, sample_and_verify
+from selftaught.eval import rows_of
+from selftaught.finish import finish
+from selftaught.loss import chunked_loss
+from selftaught.measure import rollout_metrics, token_metrics
+from selftaught.methods import batch_credit
+from selftaught.optim import Checkpoints
+from selftaught.privilege import describe
+from selftaught.report import Health, Progress, RunFolder, Trackers, versions
+from selftaught.reward import from_callables
+from selftaught.run import Run, load_run
+from selftaught.session import MAY_CHANGE, Interrupts, Session, refuse_gap
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended: its folder, results.json (empty where nothing was held out), and how it ended."""
+
+    run: Run
+    folder: Path
+    results: Mapping[str, Any]
+    interrupted: int | None = None
+
+
+def train(recipe: str | Path | Mapping[str, Any] | Run | None = None, *, resume: bool = False,
+          overrides: Sequence[str] = (), console: Console | None = None, **sections: Any) -> Finished:
+    """Train by a recipe, by keyword sections with the recipe's names, or by a recipe with sections in their place.
+
+        selftaught.train(model="Qwen/Qwen3-1.7B", data="mine.jsonl", reward=my_function, method="rlsd")
+
+    `reward` may be a function in TRL's keyword form. Returns the finished run; its folder holds `final/`.
+
+    Raises:
+        UserError: whatever the user can mend, before a model is loaded where that is possible.
+    """
+    reward, functions = from_callables(sections.pop("reward", None))
+    if reward is not None:
+        sections["reward"] = reward
+    run = recipe if isinstance(recipe, Run) else load_run(recipe or {}, overrides, sections)
+    with ExitStack() as stack:
+        progress = Progress(run.optim.steps, console)
+        folder = RunFolder(run.out, resume=resume, warn=progress.warn)
+        ground = lay_ground(run, progress.say, functions)
+        if ground.rewarder is not None:
+            stack.callback(ground.rewarder.close)
+        folder.write_run(run.resolved(), may_change=MAY_CHANGE)
+        folder.write_versions(versions())
+        parts = assemble(ground)
+        stack.callback(parts.engine.close)
+        checkpoints = Checkpoints(folder.checkpoints, run.checkpoint.keep, progress.say)
+        health = Health(run.report.patience, ground.method.needs, ground.privileged)
+        trackers = Trackers(run.report, folder.path, folder.path.name, run=run.resolved(), warn=progress.warn)
+        stack.callback(trackers.close)
+        session = Session(parts, folder, checkpoints, trackers, progress, health)
+        if resume:
+            session.restore()
+        interrupts = stack.enter_context(Interrupts(progress.warn))
+        stack.enter_context(progress)
+        loop(session, interrupts)
+        if interrupts.caught is not None:
+            progress.say(f"stopped after step {session.done} of {run.optim.steps}; go on with --resume")
+            return Finished(run, folder.path, {}, interrupts.caught)
+        return Finished(run, folder.path, finish(session))
+
+
+def loop(session: Session, interrupts: Interrupts) -> None:
+    """From the step that is next to the last one, or to a signal."""
+    run = session.parts.ground.run
+    if session.done == 0:
+        session.folder.log(0, session.evaluate())
+    while session.done < run.optim.steps and interrupts.caught is None:
+        metrics = step(session)
+        session.done += 1
+        if run.eval.every and session.done % run.eval.every == 0 or session.done == run.optim.steps:
+            metrics |= session.evaluate()
+        session.record(metrics)
+        if session.done % run.checkpoint.every == 0 or session.done == run.optim.steps:
+            session.save()
+        try:
+            session.health.verdict()
+        except Exception:
+            session.save()
+            raise
+    if interrupts.caught is not None and session.done:
+        session.save()
+
+
+def step(session: Session) -> dict[str, float]:
+    """One optimiser batch."""
+    parts, ground = session.parts, session.parts.ground
+    run, method, engine, scorer, number = ground.run, ground.method, parts.engine, parts.scorer, session.done
+    began = time.monotonic()
+
+    problems = parts.cursor.next(run.rollout.prompts_per_step)
+    rollouts, verdicts = sample_and_verify(ground, engine, requests(ground, problems, number),  # y ~ pi(. | x); r
+                                           run.rollout.num_generations, parts.sampling)
+    metrics = {"time/sample": session.clock("sampling", began)}
+
+    scored = time.monotonic()
+    privileges = privileges_of(ground, rollouts, verdicts, number)                              # c, or None
+    batch = make_batch(rollouts, verdicts, privileges, number, parts.backbone.device)           # ragged, no padding
+    names = method.scores | ({"student"} if run.loss.sampler_cap else frozenset())
+    logp = scorer.sampled(names, batch)                                                         # no gradient
+    credit, weight, correction = batch_credit(                                                  # constants, whole batch
+        method, batch.tokens, logp, reduction=run.loss.reduction, length=run.loss.length,
+        sampler_cap=run.loss.sampler_cap)
+    metrics["time/score"] = session.clock("scoring", scored)
+
+    updated = time.monotonic()
+    parts.optimizer.zero_grad()
+    loss, found = 0.0, []
+    for micro in scorer.split(batch):
+        rows = micro.tokens
+        reduced = chunked_loss(
+            method.loss, scorer.hidden(batch, micro), scorer.heads(), batch.tokens.tokens[rows],
+            {name: value[rows] for name, value in credit.items()}, weight[rows] * correction[rows],
+            chunk=run.loss.chunk, temperature=run.rollout.temperature)
+        reduced.loss.backward()
+        loss += reduced.loss.item()
+        found.append(reduced.metrics)
+    metrics |= {"loss": loss} | token_metrics(batch, credit, found)
+    refuse_gap(metrics, run.rollout.max_logp_gap)
+    metrics |= parts.optimizer.step(number)                                                     # clip, AdamW
+    parts.teachers.update(number, skipped=bool(metrics["skipped"]))
+    engine.sync(parts.backbone.model.named_parameters(), number + 1)
+    metrics["time/update"] = session.clock("updating", updated)
+
+    metrics |= rollout_metrics(rollouts, verdicts) | parts.teachers.distances()
+    metrics |= describe(privileges) if ground.privileged else {}
+    metrics["step_time"] = time.monotonic() - began
+    metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["step_time"]
+    health, sentences = session.health.check(metrics)
+    for sentence in sentences:
+        session.progress.warn(f"step {number + 1}: {sentence}")
+    if run.report.save_rollouts:
+        session.folder.log_rollouts(number + 1, rows_of(rollouts, verdicts, model=run.model, seed=run.seed,
+                                                        step=number + 1, arm="train"))
+    return metrics | health

@@ -1,0 +1,129 @@
+"""The vocabulary head, and the next-token distributions that it makes, computed only as far as somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from selftaught.tensors import product, upcast
+
+CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class Head:
+    """A vocabulary head: logits = softcap tanh(z / softcap), z = scale (h W^T + b); without a softcap, z.
+
+    weight (V, H), bias (V,) or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def as_head(head: Head | Tensor | tuple[Tensor, Tensor]) -> Head:
+    """A (V, H) weight, or a pair of weight and bias, as a `Head`."""
+    if isinstance(head, Head):
+        return head
+    return Head(head) if isinstance(head, Tensor) else Head(*head)
+
+
+def chunk_size(vocabulary: int) -> int:
+    """Tokens per chunk: a pure function of V (never of free memory), so that runs repeat bit for bit."""
+    return max(16, min(1024, CHUNK_ELEMENTS // vocabulary))
+
+
+def affine(hidden_nH: Tensor, weight_VH: Tensor, bias: Tensor | None) -> Tensor:
+    """h W^T + b, accumulated and kept in float32 (float64 for float64): (n, V)."""
+    logits = upcast(hidden_nH) @ upcast(weight_VH).t()
+    return logits if bias is None else logits + upcast(bias)
+
+
+def finish(raw_nV: Tensor, head: Head) -> Tensor:
+    """Logits from the affine map: scaled, then soft-capped."""
+    logits = raw_nV if head.scale == 1.0 else raw_nV * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def project(hidden_nH: Tensor, head: Head) -> Tensor:
+    """Logits (n, V) in float32."""
+    return finish(affine(hidden_nH, head.weight, head.bias), head)
+
+
+class TokenDist:
+    """Lazy next-token distributions under one view.
+
+    `logits` is (n, V) or a function that makes it, called at most once: a view whose vocabulary is never
+    touched is never projected. Everything is in float32, or in float64 for float64 logits. The temperature
+    divides the logits; `at` replaces it.
+    """
+
+    def __init__(self, logits: Tensor | Callable[[], Tensor], tokens_n: Tensor, temperature: float = 1.0) -> None:
+        self._logits = logits
+        self.tokens = tokens_n
+        self.temperature = temperature
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(n, V), divided by the temperature."""
+        raw = upcast(self._logits if isinstance(self._logits, Tensor) else self._logits())
+        return raw if self.temperature == 1.0 else raw / self.temperature
+
+    @cached_property
+    def log_normaliser(self) -> Tensor:
+        """log sum exp of the logits: (n,)."""
+        return torch.logsumexp(self.logits, dim=-1)
+
+    @cached_property
+    def at_sampled(self) -> Tensor:
+        """Log-prob of the sampled token in nats: (n,)."""
+        picked = self.logits.gather(-1, self.tokens[:, None]).squeeze(-1)
+        return picked - self.log_normaliser
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """(n, V) in nats."""
+        return self.logits - self.log_normaliser[:, None]
+
+    def entropy(self) -> Tensor:
+        """In nats: (n,)."""
+        probs = (self.logits - self.log_normaliser[:, None]).exp()
+        return self.log_normaliser - product(probs, self.logits).sum(-1)
+
+    def at(self, temperature: float) -> TokenDist:
+        """The same logits at another temperature."""
+        if temperature == self.temperature:
+            return self
+        raw, used = self, self.temperature
+        return TokenDist(lambda: raw.logits * used if used != 1.0 else raw.logits, self.tokens, temperature)
+
+    def __getitem__(self, rows: Tensor) -> TokenDist:
+        """The distributions of some of the tokens, by mask or index."""
+        whole = self
+        part = TokenDist(lambda: whole.logits[rows], self.tokens[rows])
+        if "log_normaliser" in self.__dict__:
+            part.log_normaliser = self.log_normaliser[rows]
+        return part
+
+
+def sampled_log_probs(hidden_NH: Tensor, head: Head, tokens_N: Tensor, *, chunk: int | None = None,
+                      temperature: float = 1.0, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of the sampled tokens (N,), and the entropies (N,) if asked for; no gradient, chunk by chunk."""
+    step = chunk or chunk_size(head.weight.shape[0])
+    logps, entropies = [], []
+    with torch.no_grad():
+        weight32 = upcast(head.weight)
+        for start in range(0, tokens_N.shape[0], step):
+            rows = slice(start, start + step)
+            raw = affine(upcast(hidden_NH[rows]), weight32, head.bias)
+            dist = TokenDist(finish(raw, head), tokens_N[rows], temperature)
+            logps.append(dist.at_sampled)
+            if entropy:
+                entropies.append(dist.entropy())
+    return torch.cat(logps), torch.cat(entropies) if entropy else None
