@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv train test lint format mutants bench clean
+.PHONY: help venv train test lint mutants bench clean
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -22,7 +22,6 @@ help:
 	@echo 'make test      set up, then run the linter, the type checker and all tests'
 	@echo 'make venv      set up alone: .venv with everything; instant when nothing changed   (PYTHON=python3.12, TORCH_INDEX=URL)'
 	@echo 'make lint      linter, type checker and layer contracts'
-	@echo 'make format    format the code'
 	@echo 'make mutants   plant small faults in the source and see that the tests catch each one'
 	@echo 'make bench     time and memory of one step beside a peer   (PEER_PYTHON=path/to/python)'
 	@echo 'make clean     remove .venv and caches; runs stay'
@@ -56,10 +55,6 @@ lint: venv
 	@$(bin)/ruff check .
 	@$(bin)/mypy
 	@$(bin)/lint-imports
-
-format: venv
-	@$(bin)/ruff check --fix-only --quiet .
-	@$(bin)/ruff format .
 
 mutants: venv
 	@$(bin)/python tests/mutants.py $(ARGS)

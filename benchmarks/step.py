@@ -120,15 +120,14 @@ def ours(model: str, prompts: str, micro_batch: int, steps: int) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         metrics = out / "metrics.jsonl"
-        seen: list[float] = [time.monotonic()]
-        stop = threading.Event()
+        began, seen, stop = time.monotonic(), list[float](), threading.Event()
         watcher = threading.Thread(target=watch, args=(metrics, seen, stop), daemon=True)
         watcher.start()
         selftaught.train(**recipe(model, prompts, micro_batch, steps, str(out)))
         stop.set()
         watcher.join()
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    ends = [seen[0], *(end for end, row in zip(seen[1:], rows, strict=False) if "reward" in row)]
+    ends = [began, *(end for end, row in zip(seen, rows, strict=True) if "reward" in row)]
     return {
         "steps_s": [round(b - a, 3) for a, b in itertools.pairwise(ends)],
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3),

@@ -154,7 +154,8 @@ def test_callables_are_imported_where_possible_and_else_inherited() -> None:
         return [float(completion == secret) for completion in completions]
 
     form, functions = from_callables([module_level, {"name": closure, "weight": 2.0}, lambda completions: [1.0]])
-    assert form[0] == f"{__name__}:module_level" and list(functions.values())[0] is closure and len(functions) == 2
+    assert form[0] == f"{__name__}:module_level" and len(functions) == 2
+    assert next(iter(functions.values())) is closure
     found = score(form, rollout("4"), rollout("5"), functions=functions)
     assert [v.score for v in found] == [4.0, 1.0]
     assert from_callables("gym") == ("gym", {}) and from_callables([{"name": "gym"}]) == ([{"name": "gym"}], {})

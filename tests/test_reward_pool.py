@@ -24,9 +24,11 @@ EXPECTED = {
     # completion's first word: status, how many of the 500
     "sleep": ("timeout", 4), "spin": ("timeout", 4), "backtrack": ("timeout", 3), "deaf": ("timeout", 2),
     "swarm": ("timeout", 3), "stop": ("timeout", 2), "parent_stop": ("timeout", 1),
-    "bomb": ("error", 2), "memory": ("error", 6), "deep": ("error timeout", 2), "exit": ("error", 6), "segv": ("error", 6),
+    "bomb": ("error", 2), "memory": ("error", 6), "deep": ("error timeout", 2), "exit": ("error", 6),
+    "segv": ("error", 6),
     "killed": ("error", 4), "group": ("error", 3), "daemon_exit": ("error", 3), "close": ("error", 3),
     "sys_exit": ("error", 4), "interrupt": ("error", 3), "raise": ("error", 6), "parent_kill": ("error", 2),
+    "orphan": ("error", 2),
     "text": ("error", 2), "number": ("error", 2), "two": ("error", 2), "empty": ("error", 2), "nothing": ("error", 2),
     "infinite": ("error", 2), "object": ("error", 2), "status": ("error", 2), "none": ("unparsed", 2),
     "children": ("right", 4), "fork": ("right", 4), "daemon": ("right", 4), "noise": ("right", 4),
@@ -110,6 +112,16 @@ def test_feedback_says_how_it_failed() -> None:
         verdicts = rewarder([rollout(word) for word in said])
     for (word, feedback), verdict in zip(said.items(), verdicts, strict=True):
         assert feedback in (verdict.feedback or ""), word
+
+
+@pytest.mark.parametrize("word", ["children", "daemon", "fork"])
+def test_what_a_verifier_started_ends_with_its_verdict(mark: str, word: str) -> None:
+    config = RewardConfig.parse(f"{HOSTILE}:score").model_copy(update={"workers": 1})
+    with Rewarder(config) as rewarder:
+        rewarder([rollout("benign")])
+        before = {process.pid for process in carriers(mark)}
+        assert rewarder([rollout(word)])[0].status == "right"
+        assert {process.pid for process in carriers(mark)} == before  # the same guard and the same worker
 
 
 def test_a_long_text_is_cut_and_says_so() -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from selftaught import privilege
-from selftaught.assemble import Ground, sample_and_verify
+from selftaught.assemble import Ground, Say, assemble, lay_ground, sample_and_verify
+from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, read_rows, rows_of, select, summarise
 from selftaught.records import Problem, Prompt, Request, Sampling
 from selftaught.report import RunFolder
 from selftaught.rollout import Engine
+from selftaught.run import load_run
 
 EVALUATION = -1  # the step that keys an evaluation's randomness: every one draws with the same random numbers
 CONTROL_SAMPLES = 2
-TEACHER_ARMS = ("right", "wrong", "empty")
+TEACHER_ARMS: tuple[Literal["right", "wrong", "empty"], ...] = ("right", "wrong", "empty")
 
 
 def heldout(ground: Ground) -> tuple[Problem, ...]:
@@ -101,3 +104,36 @@ def results(ground: Ground, folder: RunFolder, steps: int, seconds: Mapping[str,
     with suppress(KeyError, TypeError):
         found["above_constant"] = found["after"]["pass@1"]["value"] - found["best_constant"]["value"]
     return found
+
+
+def measure_file(path: Path, ks: Sequence[int]) -> dict[str, Any]:
+    """The measures of a saved completions file alone: the student's latest step in it."""
+    return summarise(select(read_rows(path)), ks)
+
+
+def evaluate_model(model: str, recipe: str, overrides: Sequence[str], say: Say) -> dict[str, Any]:
+    """Sample, verify and measure a run's final model, a model folder or a Hub name on a recipe's held-out problems.
+
+    Completions go to `completions.jsonl` under the run's `evals/`, or under the recipe's `out` for a model. For a run
+    with a `results.json` the paired difference to its own start is not repeated here: see its report.
+    """
+    folder, name = Path(model), model
+    if (folder / "run.yaml").is_file():
+        if not (folder / "final").is_dir():
+            raise UserError(f"{folder}: the run has no final/ yet; let it finish with --resume")
+        name = str(folder / "final")
+    run = load_run(recipe, [*overrides, f"model={name}"])
+    ground = lay_ground(run, say)
+    if not ground.dataset.heldout:
+        raise UserError("data.heldout = 0: there is nothing to evaluate on; set it above 0")
+    out = folder / "evals" / Path(recipe).stem if name != model else Path(run.out)
+    target = RunFolder(out)
+    parts = assemble(ground)
+    try:
+        summary = evaluate(ground, parts.engine, target, 0)
+    finally:
+        parts.engine.close()
+        if ground.rewarder is not None:
+            ground.rewarder.close()
+    say(f"completions: {target.completions}")
+    return summary

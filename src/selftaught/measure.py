@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from selftaught.credit import group_advantage
+from selftaught.credit.group import relative
 from selftaught.records import Batch, Credit, Rollout, Verdict
 
 
@@ -29,7 +29,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) ->
         reward = torch.tensor([float("nan") if v.score is None else v.score for v in verdicts])
         names = {rollout.problem.id: i for i, rollout in enumerate(rollouts)}
         group = torch.tensor([names[rollout.problem.id] for rollout in rollouts])
-        moved = group_advantage(reward, group) != 0
+        moved = relative(reward, group) != 0
         alive = {g for g, m in zip(group.tolist(), moved.tolist(), strict=True) if m}
         metrics["frac_reward_zero_std"] = 1 - len(alive) / len(names)
     for status, count in Counter(verdict.status for verdict in verdicts).items():

@@ -126,7 +126,7 @@ class Packed:
 
 
 def common_prefix(prompts: Iterable[tuple[int, ...]]) -> int:
-    """How many tokens all prompts begin with, at least one of each left out; 0 if fewer than MIN_COMMON or one prompt."""
+    """How many tokens all prompts begin with, at least one of each left out; 0 for one prompt or under MIN_COMMON."""
     distinct = set(prompts)
     if len(distinct) < 2:
         return 0

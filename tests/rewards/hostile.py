@@ -71,6 +71,12 @@ def _daemon_exit():
     os._exit(0)
 
 
+def _orphan():  # nobody is left to clean up but the trainer
+    _daemon()
+    os.kill(os.getppid(), signal.SIGKILL)
+    _sleep()
+
+
 def _noise():
     for _ in range(4):
         print("x" * 2**20)
@@ -115,6 +121,7 @@ ACTS = {
     "fork": os.fork,
     "daemon": _daemon,
     "daemon_exit": _daemon_exit,
+    "orphan": _orphan,
     "exit": lambda: os._exit(3),
     "segv": lambda: ctypes.string_at(0),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),

@@ -23,8 +23,8 @@ def base_credit(batch: TokenBatch, *, needs_reward: bool = False, needs_privileg
     if batch.mask is not None:
         counted = counted & batch.mask
     if needs_reward:
-        if batch.reward is None or batch.group is None:
-            raise ValueError("this method needs `reward` (B,) and `group` (B,) in the batch")
+        if batch.reward is None:
+            raise ValueError("this method needs `reward` (B,) in the batch")
         counted = counted & broadcast(~torch.isnan(batch.reward), batch)
     if needs_privilege and batch.privileged is not None:
         counted = counted & broadcast(batch.privileged, batch)

@@ -5,18 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from selftaught.records import TokenBatch
 from selftaught.tensors import segment_sum
 
 STD_EPS = 1e-6
 EQUAL = 1e-9  # rewards within this share of the largest are the same reward
 
 
-def group_advantage(reward_B: Tensor, group_B: Tensor, *, scale_by_std: bool = True) -> Tensor:
+def group_advantage(batch: TokenBatch, *, scale_by_std: bool = True) -> Tensor:
     """A = (R - mean_g) / (std_g + 1e-6), std unbiased (arXiv 2402.03300 eq. 3); R - mean_g without the scaling.
 
     A group of one, or whose rewards are all equal, has A = 0 exactly. A reward of NaN is no opinion: it is left
     out of the statistics and has A = 0. Returns (B,).
+
+    Raises:
+        ValueError: the batch has no `reward` or no `group`.
     """
+    if batch.reward is None or batch.group is None:
+        raise ValueError("a group-relative advantage needs `reward` (B,) and `group` (B,) in the batch")
+    return relative(batch.reward, batch.group, scale_by_std=scale_by_std)
+
+
+def relative(reward_B: Tensor, group_B: Tensor, *, scale_by_std: bool = True) -> Tensor:
+    """`group_advantage` of rewards and groups alone: (B,)."""
     known = ~torch.isnan(reward_B)
     ids = torch.unique(group_B, return_inverse=True)[1]
     groups = int(ids.max()) + 1 if ids.numel() else 0

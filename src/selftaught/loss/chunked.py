@@ -97,7 +97,8 @@ def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mappin
                         **{name: value.detach() for name, value in out.metrics.items()}})
     reduced = total
     if any(needs):
-        cast = _Gradients(grads.hidden, None if grads.weight is None else grads.weight.to(head.weight.dtype), grads.bias)
+        weight_VH = None if grads.weight is None else grads.weight.to(head.weight.dtype)
+        cast = _Gradients(grads.hidden, weight_VH, grads.bias)
         reduced = _Precomputed.apply(total, cast, student, head.weight, head.bias)
     merged = {name: torch.cat([m[name] for m in metrics]) for name in (metrics[0] if metrics else ())}
     return Reduced(reduced, torch.cat(losses) if losses else weight_N.new_zeros(0), merged)
@@ -117,4 +118,4 @@ def _accumulate(grads: _Gradients, rows: slice, grad_nV: Tensor, h32: Tensor, we
     if grads.weight is not None:
         grads.weight.addmm_(grad_nV.t(), h32)
     if grads.bias is not None:
-        grads.bias += grad_nV.sum(0)
+        grads.bias.add_(grad_nV.sum(0))

@@ -45,7 +45,7 @@ def token_weights(reduction: str, counted_N: Tensor, sequence_ids_N: Tensor, *, 
         return counted / (per_rollout.clamp_min(1)[sequence_ids_N] * live)
     if reduction == "constant":
         if length is None:
-            raise ValueError("reduction='constant' needs `length`, the divisor per rollout (Dr. GRPO: the maximum length)")
+            raise ValueError("reduction='constant' needs `length`, the divisor per rollout (the maximum length)")
         return counted / (reducer.sum(torch.tensor(float(rollouts), dtype=dtype, device=counted.device)) * length)
     raise ValueError(f"unknown reduction {reduction!r}; known: {', '.join(REDUCTIONS)}")
 

@@ -45,15 +45,15 @@ class Method(Protocol):
 
 
 @cache
-def registry() -> dict[str, type]:
+def registry() -> dict[str, Any]:
     """Every method class of this package by its `name`: one file in this folder is all that a new one needs."""
     package = importlib.import_module("selftaught.methods")
-    found = {}
+    found: dict[str, Any] = {}
     for module in pkgutil.iter_modules(package.__path__):
         if module.name not in NOT_METHODS:
             content = vars(importlib.import_module(f"selftaught.methods.{module.name}"))
-            found.update({cls.name: cls for cls in content.values()
-                          if isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, "arxiv")})
+            classes: list[Any] = [cls for cls in content.values() if isinstance(cls, type) and hasattr(cls, "arxiv")]
+            found.update({cls.name: cls for cls in classes})
     return found
 
 
@@ -62,7 +62,7 @@ def names() -> list[str]:
     return sorted(registry())
 
 
-def method_class(name: str) -> type:
+def method_class(name: str) -> Any:
     """The class of a shipped method, of `file.py:Class` or `module:Class`, or of an entry point.
 
     Raises:
@@ -78,7 +78,7 @@ def method_class(name: str) -> type:
     raise UserError(f"unknown method {name!r}; {nearest(name, [*registry(), *external])}")
 
 
-def _imported(name: str) -> type:
+def _imported(name: str) -> Any:
     where, _, attribute = name.partition(":")
     try:
         if where.endswith(".py"):

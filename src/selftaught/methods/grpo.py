@@ -43,7 +43,7 @@ class GRPO:
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         credit = base_credit(batch, needs_reward=True)
-        advantage = group_advantage(batch.reward, batch.group, scale_by_std=self.scale_by_std)
+        advantage = group_advantage(batch, scale_by_std=self.scale_by_std)
         return {**credit, "advantage": broadcast(advantage, batch)}
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:

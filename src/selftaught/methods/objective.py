@@ -101,12 +101,14 @@ def _check(method: Method, batch: TokenBatch, sizes: Mapping[str, int]) -> None:
     tokens = batch.tokens.shape[0]
     for view in ("student", *method.views):
         if view not in sizes:
-            raise ValueError(f"method {method.name!r} needs logits or hidden states of {view!r}; given: {sorted(sizes)}")
+            given = ", ".join(sorted(sizes))
+            raise ValueError(f"method {method.name!r} needs logits or hidden states of {view!r}; given: {given}")
     for view, size in sizes.items():
         if size != tokens:
             raise ValueError(f"{view!r} has {size} rows, the batch has {tokens} tokens")
     for field in ("sequence_ids", "logp_old", "terminal", "mask", "logp_sampler"):
         value = getattr(batch, field)
         if value is not None and value.shape != batch.tokens.shape:
-            raise ValueError(f"TokenBatch.{field} has shape {tuple(value.shape)}, tokens have {tuple(batch.tokens.shape)}")
+            shapes = f"{tuple(value.shape)}, tokens have {tuple(batch.tokens.shape)}"
+            raise ValueError(f"TokenBatch.{field} has shape {shapes}")
 

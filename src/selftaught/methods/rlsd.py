@@ -54,7 +54,7 @@ class RLSD:
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         credit = base_credit(batch, needs_reward=True)
-        advantage = broadcast(group_advantage(batch.reward, batch.group), batch)
+        advantage = broadcast(group_advantage(batch), batch)
         gap = evidence(logp["teacher"], credit.get("logp_old", logp["student"]))
         lam = linear_decay(self.lam, batch.step, self.lam_decay)
         weight = (1 - lam) + lam * evidence_weight(gap, advantage, self.eps_w)

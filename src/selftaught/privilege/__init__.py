@@ -10,6 +10,6 @@ describe(privileges)                                                      metric
 from __future__ import annotations
 
 from selftaught.privilege.build import build, describe, for_problems
-from selftaught.privilege.config import PrivilegeConfig, check, control
+from selftaught.privilege.config import PrivilegeConfig, check, control, evidence
 
-__all__ = ["PrivilegeConfig", "build", "check", "control", "describe", "for_problems"]
+__all__ = ["PrivilegeConfig", "build", "check", "control", "describe", "evidence", "for_problems"]

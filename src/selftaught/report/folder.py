@@ -147,16 +147,17 @@ class RunFolder:
         size = path.stat().st_size if path.exists() else 0
         try:
             yield
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
+        except (OSError, UserError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in _NO_ROOM:
                 raise
             if self.lost == 0:
                 self._warn(
-                    f"{path} cannot be written ({error.strerror}): the run goes on without this part of its log; "
+                    f"{path} cannot be written ({cause.strerror}): the run goes on without this part of its log; "
                     "free some space and it will be written again"
                 )
             self.lost += 1
-            if path.exists() and path.stat().st_size > size:
+            if path.is_file() and path.stat().st_size > size:
                 os.truncate(path, size)
 
     def truncate(self, step: int) -> None:

@@ -9,18 +9,30 @@ from selftaught.errors import UserError
 
 SILENT_TEACHER = 1e-6  # nats: a mean gap below it is rounding
 REMEDIES = {
-    "dead_groups": ("every group was all right or all wrong, so no rollout was better than its siblings",
-                    "use problems that the model solves sometimes, more rollout.num_generations, or a graded reward"),
-    "zero_gradient": ("the gradient was zero, so nothing was learned",
-                      "look at `reward_std`, `counted` and the learning rate in metrics.jsonl"),
-    "bad_gradient": ("the gradient was not finite, so the update was left out",
-                     "lower optim.learning_rate, use optim.dtype=float32, or look for infinite rewards"),
-    "cut_off": ("half of the responses or more reached the length limit",
-                "raise rollout.max_completion_length, or give rollout.stop strings that the model writes"),
-    "silent_teacher": ("the teacher agreed with the student on every token, so its privilege adds nothing",
-                       "look at the teacher's prompt with `selftaught doctor`, and at privilege.kind"),
-    "no_privilege": ("no rollout had a privilege, so the teacher said nothing",
-                     "choose another privilege.kind, or raise rollout.num_generations"),
+    "dead_groups": (
+        "every group was all right or all wrong, so no rollout was better than its siblings",
+        "use problems that the model solves sometimes, more rollout.num_generations, or a graded reward",
+    ),
+    "zero_gradient": (
+        "the gradient was zero, so nothing was learned",
+        "look at `reward_std`, `counted` and the learning rate in metrics.jsonl",
+    ),
+    "bad_gradient": (
+        "the gradient was not finite, so the update was left out",
+        "lower optim.learning_rate, use optim.dtype=float32, or look for infinite rewards",
+    ),
+    "cut_off": (
+        "half of the responses or more reached the length limit",
+        "raise rollout.max_completion_length, or give rollout.stop strings that the model writes",
+    ),
+    "silent_teacher": (
+        "the teacher agreed with the student on every token, so its privilege adds nothing",
+        "look at the teacher's prompt with `selftaught doctor`, and at privilege.kind",
+    ),
+    "no_privilege": (
+        "no rollout had a privilege, so the teacher said nothing",
+        "choose another privilege.kind, or raise rollout.num_generations",
+    ),
 }
 
 
@@ -49,8 +61,10 @@ class Health:
         for kind, count in self._row.items():
             if self.patience is not None and count >= self.patience:
                 what, remedy = REMEDIES[kind]
-                raise UserError(f"stopped after {count} dead steps in a row: {what}; {remedy} "
-                                "(report.patience: how many steps may be dead; null: any number)")
+                raise UserError(
+                    f"stopped after {count} dead steps in a row: {what}; {remedy} "
+                    "(report.patience: how many steps may be dead; null: any number)"
+                )
 
     def _found(self, metrics: Mapping[str, float]) -> list[str]:
         found = []

@@ -70,10 +70,10 @@ PANELS = (
     ),
     Panel(
         "Teacher gap",
-        ("teacher_gap", "self_distillation/distillation_loss"),
-        "How far the teacher, which sees the privilege, is from the student on the student's own tokens, in nats.",
+        ("teacher/gap_abs",),
+        "Mean distance of the teacher's log-probs from the student's on the student's own tokens, in nats.",
     ),
-    Panel("KL to the reference", ("kl",), "Nats per token from the initial model."),
+    Panel("KL to the reference", ("kl", "method/kl"), "Nats per token from the initial model."),
 )
 
 

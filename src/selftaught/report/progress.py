@@ -20,23 +20,21 @@ class Progress:
         progress.step(1, {"reward": 0.2, "eval/pass@1": 0.15, "tokens_per_second": 310.0})
     """
 
-    def __init__(self, total: int, console: Console | None = None, *, start: int = 0) -> None:
-        """`start`: steps already done before this process, for a resumed run."""
+    def __init__(self, total: int, console: Console | None = None) -> None:
         self.total = total
         self.console = console or Console()
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
-        self._start, self._done = start, start
-        self._began = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the first step done by this process, and when
+        self._done = 0
         self._latest: dict[str, float] = {}
         self._bar: Bar | None = None
         self._task: TaskID | None = None
 
     def __enter__(self) -> Progress:
-        self._began = time.monotonic()
         if self._live:
             columns = (TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(24), _Tail())
             self._bar = Bar(*columns, console=self.console, refresh_per_second=2)
-            self._task = self._bar.add_task("", total=self.total, completed=self._start, facts="", phase="")
+            self._task = self._bar.add_task("", total=self.total, facts="", phase="")
             self._bar.start()
         return self
 
@@ -50,6 +48,7 @@ class Progress:
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Step number `step` (from 1) is done."""
         self._done = step
+        self._first = self._first or (step, time.monotonic())
         self._latest.update({k: v for k, v in metrics.items() if isinstance(v, int | float)})
         facts = self._facts(metrics)
         if self._bar is not None and self._task is not None:
@@ -71,9 +70,13 @@ class Progress:
         self._print(f"warning: {text}", style="yellow")
 
     def seconds_left(self) -> float | None:
-        """By the mean pace of this process, evaluations included; None before its first step."""
-        done = self._done - self._start
-        return (time.monotonic() - self._began) / done * (self.total - self._done) if done > 0 else None
+        """By the mean pace since this process's first step, evaluations included; right after it, by its `step_time`."""
+        if self._first is None:
+            return None
+        step, when = self._first
+        done = self._done - step
+        pace = (time.monotonic() - when) / done if done > 0 else self._latest.get("step_time")
+        return None if pace is None else pace * (self.total - self._done)
 
     def _facts(self, metrics: Mapping[str, Any]) -> str:
         parts = []

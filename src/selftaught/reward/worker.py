@@ -89,7 +89,7 @@ def load_function(name: str) -> Callable[..., Any]:
         function = getattr(function, step)
     if not callable(function):
         raise LoadError(f"{attribute!r} in {home} is {type(function).__name__}, not a function")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def describe(function: Callable[..., Any]) -> dict[str, Any]:

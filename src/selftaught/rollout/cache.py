@@ -20,6 +20,7 @@ class DecodeCache:
         self.lengths = prompt_lengths
         self.row_group = row_group
         self.written = 0
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._prompt = prompts  # by layer: (groups, Hkv, P, D)
         self._response: dict[int, tuple[Tensor, Tensor]] = {}
         self._index_rows()
@@ -101,4 +102,4 @@ class DecodeCache:
         self._slots = torch.where(slot < counts[:, None], first[:, None] + slot, first[:, None])
         within = torch.arange(self.row_group.shape[0], device=self.row_group.device) - first[self.row_group]
         self._place = (self.row_group, within)
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks = {}

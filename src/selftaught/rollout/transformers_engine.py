@@ -104,8 +104,9 @@ class TransformersEngine:
     def _decode(self, rows: list[_Row], sampling: Sampling) -> None:
         device = self.backbone.device
         prompts: dict[tuple[int, ...], int] = {}
-        order = sorted(range(len(rows)), key=lambda i: prompts.setdefault(rows[i].request.prompt.token_ids, len(prompts)))
-        active = [rows[i] for i in order]
+        for row in rows:
+            prompts.setdefault(row.request.prompt.token_ids, len(prompts))
+        active = sorted(rows, key=lambda row: prompts[row.request.prompt.token_ids])
         group = torch.tensor([prompts[row.request.prompt.token_ids] for row in active], device=device)
         hidden, layers = self.backbone.prefill(list(prompts))
         cache = DecodeCache(layers, torch.tensor([len(prompt) for prompt in prompts], device=device), group)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
@@ -34,7 +34,7 @@ class UnsupportedAttention(Exception):
     """The model's attention computes something that the segmented layout cannot."""
 
 
-def segmented_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+def segmented_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                         scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
                         segments: Attends | None = None, **extra: Any) -> tuple[Tensor, None]:
     """The attention function that transformers calls; query (1, Hq, T, D), returns (1, T, Hq, D)."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from selftaught.errors import UserError
@@ -38,8 +38,8 @@ class Backbone:
     and its gradients are never touched by such a pass.
     """
 
-    def __init__(self, model: nn.Module, layout: str = "auto") -> None:
-        self.model: Any = model
+    def __init__(self, model: Any, layout: str = "auto") -> None:
+        self.model = model
         self.layout = layout
         self.config = model.config.get_text_config()
         prefix = model.base_model_prefix
@@ -174,7 +174,7 @@ class Backbone:
         if reason:
             self.layout = "plain"
             if asked == "shared":
-                raise UserError(f"score.layout: shared, but with {type(self.model).__name__} {reason}; use auto or plain")
+                raise UserError(f"score.layout: shared, but {reason} with {type(self.model).__name__}; use auto")
             warnings.warn(f"{type(self.model).__name__}: {reason} in the shared-prefix layout; falling back to one row "
                           "per rollout: the same numbers, slower", stacklevel=2)
         return gap

@@ -1,0 +1,164 @@
+"""The command line: thin commands over the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from selftaught.errors import UserError
+
+app = typer.Typer(help="Train language models on their own rollouts.", no_args_is_help=True, add_completion=False,
+                  pretty_exceptions_enable=False, rich_markup_mode=None)
+Recipe = Annotated[str, typer.Argument(help="a shipped recipe's name (quickstart) or a YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example optim.steps=10")]
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None,
+          dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run and the forecast")] = False,
+          resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint")] = False) -> None:
+    """Train by a recipe."""
+    from selftaught.run import load_run
+
+    run = load_run(recipe, overrides or [])
+    if dry_run:
+        import yaml
+
+        from selftaught.assemble import lay_ground
+        from selftaught.forecast import forecast
+
+        ground = lay_ground(run, _say)
+        typer.echo(yaml.safe_dump(run.resolved(), sort_keys=False, allow_unicode=True))
+        typer.echo("\n".join(forecast(ground).lines()))
+        return
+    from selftaught.train import train as start
+
+    finished = start(run, resume=resume, console=Console())
+    if finished.interrupted is not None:
+        raise typer.Exit(128 + finished.interrupted)
+
+
+@app.command("eval")
+def evaluate(model: Annotated[str | None, typer.Argument(help="a run's folder, a model's folder or a Hub name")] = None,
+             recipe: Annotated[str | None, typer.Argument(help="the recipe that says on what")] = None,
+             overrides: Overrides = None,
+             completions: Annotated[Path | None, typer.Option(help="measure this completions.jsonl alone")] = None,
+             k: Annotated[str, typer.Option(help="the k of pass@k, with commas")] = "",
+             json_out: Annotated[Path | None, typer.Option("--json", help="write the measures here")] = None) -> None:
+    """Sample, verify and measure; or measure a saved file alone."""
+    if completions is not None:
+        from selftaught.evaluate import measure_file
+
+        found = measure_file(completions, _ladder(k or "1,8"))
+    elif model is None or recipe is None:
+        raise UserError("eval: give a run or model and a recipe (`selftaught eval runs/quickstart quickstart`), "
+                        "or --completions FILE")
+    else:
+        from selftaught.evaluate import evaluate_model
+
+        changed = [*(overrides or []), *([f"eval.k=[{k}]"] if k else [])]
+        found = evaluate_model(model, recipe, changed, _say)
+    _measures(found)
+    if json_out is not None:
+        _write(json_out, json.dumps(found, indent=2) + "\n")
+
+
+@app.command()
+def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Look at a recipe before the long run; each line says ok or what to change."""
+    from selftaught.assemble import lay_ground
+    from selftaught.doctor import examine
+    from selftaught.run import load_run
+
+    ground = lay_ground(load_run(recipe, overrides or []), _say)
+    lines = examine(ground, _say)
+    if ground.rewarder is not None:
+        ground.rewarder.close()
+    for line in lines:
+        typer.echo(f"{'ok    ' if line.ok else 'CHANGE'}  {line.text}")
+    raise typer.Exit(0 if all(line.ok for line in lines) else 1)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="one method: its equations, fields and source")] = None) -> None:
+    """The methods, or one method's equations and where they come from."""
+    import inspect
+
+    from selftaught.methods import method_class, method_fields, names
+
+    if name is not None:
+        cls: Any = method_class(name)
+        typer.echo(f"{name}, arXiv {getattr(cls, 'arxiv', 'unknown')}\n\n{inspect.getdoc(cls)}\n")
+        typer.echo("\n".join(f"  {field} = {default!r}" for field, default in method_fields(cls).items()))
+        for view, spec in cls().views.items():
+            typer.echo(f"  view {view}: {spec.weights} weights, {spec.context} prompt")
+        return
+    table = Table("method", "arXiv", "views beside the student", "needs", box=None, pad_edge=False)
+    for each in names():
+        cls = method_class(each)
+        views = ", ".join(f"{view} ({spec.weights}, {spec.context})" for view, spec in cls().views.items())
+        table.add_row(each, cls.arxiv, views or "none", ", ".join(sorted(cls.needs)))
+    Console().print(table)
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several are overlaid")],
+           out: Annotated[Path | None, typer.Option(help="the HTML file to write")] = None) -> None:
+    """Curves, tables and samples of one run or several, as one HTML file."""
+    from selftaught.report import write_report
+
+    path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    typer.echo(f"report: {write_report(runs, path)}")
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+def _ladder(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--k {text!r}: give whole numbers with commas, for example 1,4,8") from None
+
+
+def _measures(found: dict[str, Any]) -> None:
+    table = Table("measure", "value", "95 % interval", box=None, pad_edge=False)
+    for name, measure in found.items():
+        if isinstance(measure, dict) and measure.get("value") is not None:
+            interval = f"[{measure['low']:.3f}, {measure['high']:.3f}]" if measure.get("low") is not None else ""
+            table.add_row(name, f"{measure['value']:.3f}", interval)
+        elif isinstance(measure, int):
+            table.add_row(name, str(measure), "")
+    Console().print(table)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit code 2, never a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
