@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,10 +112,9 @@ def assemble(ground: Ground) -> Parts:
     run, method = ground.run, ground.method
     model = load_model(run.model, getattr(torch, run.optim.dtype), device_of(run))
     model.requires_grad_(True)
-    if run.optim.activation_checkpointing:
-        model.train()  # transformers recomputes activations in training mode alone
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     backbone = Backbone(model, run.score.layout)
+    if run.optim.activation_checkpointing:
+        backbone.checkpoint_activations()
     optimizer = Optimizer(model.named_parameters(), run.optim)
     teachers = Teachers(method.views, model)
     probe = ground.dataset.train[:PROBE]
@@ -144,6 +144,13 @@ def sample_and_verify(ground: Ground, engine: Engine, asked: Sequence[Request], 
             pending.append(ground.rewarder.submit(batch))
     verdicts = [verdict for part in pending for verdict in part.result()]
     return rollouts, verdicts or [Verdict(None)] * len(rollouts)
+
+
+def shuffled(verdicts: Sequence[Verdict], seed: int, step: int) -> list[Verdict]:
+    """The control of `reward.shuffle`: the same scores, dealt out anew at random, keyed by (seed, step)."""
+    scores = [verdict.score for verdict in verdicts]
+    random.Random(f"{seed}/{step}").shuffle(scores)
+    return [replace(verdict, score=score) for verdict, score in zip(verdicts, scores, strict=True)]
 
 
 def privileges_of(ground: Ground, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict],

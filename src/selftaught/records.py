@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+
+if TYPE_CHECKING:  # a verifier's worker imports `Verdict` from here, and must not wait for torch
+    from torch import Tensor
 
 Message = Mapping[str, str]
 Weights = Literal["live", "initial", "ema", "snapshot", "external"]
@@ -167,7 +169,7 @@ class Batch:
     responses: tuple[tuple[int, ...], ...]
 
 
-Credit = Mapping[str, Tensor]  # per-token constants (N,): always `counted`; `logp_old`, `advantage`, ... by method
+Credit: TypeAlias = "Mapping[str, Tensor]"  # per-token constants (N,): always `counted`; `logp_old`, `advantage`, ... by method
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,9 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
-    """a - b of log-probs, 0 (without gradient) where either is not finite: -inf minus -inf is no evidence."""
-    finite = torch.isfinite(a) & torch.isfinite(b)
-    zero = torch.zeros((), dtype=a.dtype, device=a.device)
-    return torch.where(finite, torch.where(finite, a, zero) - torch.where(finite, b, zero), zero)
+    """a - b of log-probs, 0 (without gradient) where that is undefined: -inf minus -inf is no evidence."""
+    gap = a - b
+    return torch.where(torch.isnan(gap), torch.zeros_like(gap), gap)
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from selftaught.assemble import assemble, lay_ground, make_batch, privileges_of, requests, sample_and_verify
+from selftaught.assemble import assemble, lay_ground, make_batch, privileges_of, requests, sample_and_verify, shuffled
 from selftaught.eval import rows_of
 from selftaught.finish import finish
 from selftaught.loss import chunked_loss
@@ -107,6 +107,8 @@ def step(session: Session) -> dict[str, float]:
     problems = parts.cursor.next(run.rollout.prompts_per_step)
     rollouts, verdicts = sample_and_verify(ground, engine, requests(ground, problems, number),  # y ~ pi(. | x); r
                                            run.rollout.num_generations, parts.sampling)
+    if run.reward is not None and run.reward.shuffle:
+        verdicts = shuffled(verdicts, run.seed, number)                                         # a control
     metrics = {"time/sample": session.clock("sampling", began)}
 
     scored = time.monotonic()

@@ -70,10 +70,13 @@ class TokenDist:
         self.temperature = temperature
 
     @cached_property
+    def _raw(self) -> Tensor:
+        return upcast(self._logits if isinstance(self._logits, Tensor) else self._logits())
+
+    @cached_property
     def logits(self) -> Tensor:
         """(n, V), divided by the temperature."""
-        raw = upcast(self._logits if isinstance(self._logits, Tensor) else self._logits())
-        return raw if self.temperature == 1.0 else raw / self.temperature
+        return self._raw if self.temperature == 1.0 else self._raw / self.temperature
 
     @cached_property
     def log_normaliser(self) -> Tensor:
@@ -100,13 +103,11 @@ class TokenDist:
         """The same logits at another temperature."""
         if temperature == self.temperature:
             return self
-        raw, used = self, self.temperature
-        return TokenDist(lambda: raw.logits * used if used != 1.0 else raw.logits, self.tokens, temperature)
+        return TokenDist(lambda: self._raw, self.tokens, temperature)
 
     def __getitem__(self, rows: Tensor) -> TokenDist:
         """The distributions of some of the tokens, by mask or index."""
-        whole = self
-        part = TokenDist(lambda: whole.logits[rows], self.tokens[rows])
+        part = TokenDist(lambda: self._raw[rows], self.tokens[rows], self.temperature)
         if "log_normaliser" in self.__dict__:
             part.log_normaliser = self.log_normaliser[rows]
         return part

@@ -9,7 +9,7 @@ from selftaught.tensors import MAX_LOG_RATIO, difference
 
 
 def evidence(teacher_N: Tensor, student_N: Tensor) -> Tensor:
-    """d = log T(y) - log S(y), clamped to +-20; 0 where either is not finite (arXiv 2604.03128 eq. 13)."""
+    """d = log T(y) - log S(y), clamped to +-20; 0 where both are -inf (arXiv 2604.03128 eq. 13)."""
     return difference(teacher_N, student_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,9 +36,12 @@ def relative(reward_B: Tensor, group_B: Tensor, *, scale_by_std: bool = True) ->
     weight = known.to(reward_B.dtype)
     reward = torch.where(known, reward_B, torch.zeros_like(reward_B))
     count = segment_sum(weight, ids, groups)
-    mean = segment_sum(reward, ids, groups) / count.clamp_min(1)
-    deviation = torch.where(known, reward - mean[ids], torch.zeros_like(reward))
     largest = reward.new_zeros(groups).scatter_reduce_(0, ids, reward.abs(), "amax")
+    # From the smallest reward on: equal rewards deviate by exactly 0, where their float32 mean may be an ulp off.
+    lowest = reward.new_full((groups,), math.inf).scatter_reduce_(0, ids[known], reward[known], "amin")
+    above = torch.where(known, reward - lowest[ids], torch.zeros_like(reward))
+    mean = segment_sum(above, ids, groups) / count.clamp_min(1)
+    deviation = torch.where(known, above - mean[ids], torch.zeros_like(reward))
     spread = reward.new_zeros(groups).scatter_reduce_(0, ids, deviation.abs(), "amax")
     dead = (count < 2) | (spread <= EQUAL * largest.clamp_min(1))
     if scale_by_std:

@@ -114,7 +114,7 @@ def build(name: str, **fields: Any) -> Method:
     cls = method_class(name)
     known = method_fields(cls)
     defaults = cls().views
-    changed = {view: dataclasses.replace(defaults[view], **fields.pop(view)) for view in list(fields)
+    changed = {view: _changed(name, view, defaults[view], fields.pop(view)) for view in list(fields)
                if view in defaults and isinstance(fields[view], Mapping)}
     for field in fields:
         if field not in known:
@@ -125,3 +125,11 @@ def build(name: str, **fields: Any) -> Method:
         return cls(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"method {name!r}: {error}") from error
+
+
+def _changed(name: str, view: str, default: View, changes: Mapping[str, Any]) -> View:
+    known = [f.name for f in dataclasses.fields(View)]
+    for field in changes:
+        if field not in known:
+            raise UserError(f"method {name!r}, view {view!r} has no field {field!r}; {nearest(field, known)}")
+    return dataclasses.replace(default, **changes)

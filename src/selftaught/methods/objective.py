@@ -36,7 +36,7 @@ def objective(name: str, batch: TokenBatch, logits: Mapping[str, Tensor], *, red
         ValueError: an unknown method or field, a view without logits, shapes that do not agree.
     """
     method = build(name, **fields)
-    _check(method, batch, {view: tensor.shape[0] for view, tensor in logits.items()})
+    _check(method, batch, {view: (tensor.shape[0], tensor.shape[1]) for view, tensor in logits.items()})
     student = TokenDist(logits["student"], batch.tokens)
     views = {view: TokenDist(logits[view].detach(), batch.tokens) for view in method.views}
     logp = {view: dist.at_sampled for view, dist in views.items() if view in method.scores}
@@ -62,8 +62,8 @@ def chunked_objective(name: str, batch: TokenBatch, hidden: Mapping[str, Tensor]
         ValueError: as `objective`.
     """
     method = build(name, **fields)
-    _check(method, batch, {view: tensor.shape[0] for view, tensor in hidden.items()})
     held = {view: as_head(head) for view, head in heads.items()}
+    _check(method, batch, _head_sizes(hidden, held))
     logp = {}
     wanted = {*(method.scores & method.views.keys())}
     if "student" in method.scores or "student.entropy" in method.scores or batch.logp_sampler is not None:
@@ -97,18 +97,37 @@ def batch_credit(method: Method, batch: TokenBatch, logp: Mapping[str, Tensor], 
     return credit, weight, sampler_correction(old, batch.logp_sampler, sampler_cap).to(dtype)
 
 
-def _check(method: Method, batch: TokenBatch, sizes: Mapping[str, int]) -> None:
-    tokens = batch.tokens.shape[0]
+def _check(method: Method, batch: TokenBatch, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse by name what does not fit together; `shapes` holds rows and vocabulary of each view."""
     for view in ("student", *method.views):
-        if view not in sizes:
-            given = ", ".join(sorted(sizes))
+        if view not in shapes:
+            given = ", ".join(sorted(shapes))
             raise ValueError(f"method {method.name!r} needs logits or hidden states of {view!r}; given: {given}")
-    for view, size in sizes.items():
-        if size != tokens:
-            raise ValueError(f"{view!r} has {size} rows, the batch has {tokens} tokens")
+    tokens, vocabulary = batch.tokens.shape[0], shapes["student"][1]
+    for view, (rows, width) in shapes.items():
+        if rows != tokens:
+            raise ValueError(f"{view!r} has {rows} rows, the batch has {tokens} tokens")
+        if width != vocabulary and view in method.views.keys() - method.scores:  # `scores` are read at one token
+            raise ValueError(f"{view!r} has a vocabulary of {width}, the student one of {vocabulary}")
     for field in ("sequence_ids", "logp_old", "terminal", "mask", "logp_sampler"):
         value = getattr(batch, field)
         if value is not None and value.shape != batch.tokens.shape:
-            shapes = f"{tuple(value.shape)}, tokens have {tuple(batch.tokens.shape)}"
-            raise ValueError(f"TokenBatch.{field} has shape {shapes}")
+            shapes_are = f"{tuple(value.shape)}, tokens have {tuple(batch.tokens.shape)}"
+            raise ValueError(f"TokenBatch.{field} has shape {shapes_are}")
+    given_B = {field: getattr(batch, field) for field in ("reward", "group", "privileged")}
+    rollouts = max([int(batch.sequence_ids.max()) + 1 if tokens else 0,
+                    *(value.shape[0] for value in given_B.values() if value is not None)])
+    for field, value in given_B.items():
+        if value is not None and value.shape != (rollouts,):
+            raise ValueError(f"TokenBatch.{field} has shape {tuple(value.shape)}, the batch has {rollouts} rollouts")
 
+
+def _head_sizes(hidden: Mapping[str, Tensor], heads: Mapping[str, Head]) -> dict[str, tuple[int, int]]:
+    """Rows and vocabulary of each view; a view without a head of its width is refused by name."""
+    for view, states in hidden.items():
+        if view not in heads:
+            raise ValueError(f"hidden states of {view!r} need a head in `heads`; given: {', '.join(sorted(heads))}")
+        if states.shape[1] != heads[view].weight.shape[1]:
+            widths = f"{states.shape[1]}, its head takes {heads[view].weight.shape[1]}"
+            raise ValueError(f"hidden states of {view!r} have width {widths}")
+    return {view: (states.shape[0], heads[view].weight.shape[0]) for view, states in hidden.items()}

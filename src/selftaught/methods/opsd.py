@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from selftaught.credit import base_credit
+from selftaught.credit import base_credit, evidence
 from selftaught.loss import clipped_kl
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
@@ -49,5 +49,5 @@ class OPSD:
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         teacher, own = views["teacher"].at(self.temperature), student.at(self.temperature)
         distillation = clipped_kl(teacher.log_probs, own.log_probs, self.clip)
-        gap = teacher.at_sampled.detach() - own.at_sampled.detach()
+        gap = evidence(teacher.at_sampled, own.at_sampled).detach()
         return TokenLoss(distillation, {"gap": gap, "kl": distillation.detach()})

@@ -16,11 +16,14 @@ class DecodeCache:
     have written the same number of tokens.
     """
 
-    def __init__(self, prompts: dict[int, tuple[Tensor, Tensor]], prompt_lengths: Tensor, row_group: Tensor) -> None:
+    def __init__(self, prompts: dict[int, tuple[Tensor, Tensor]], prompt_lengths: Tensor, row_group: Tensor,
+                 most: int) -> None:
+        """`most`: tokens that a row reads at most, so that a short run never pays for the first capacity."""
         self.lengths = prompt_lengths
         self.row_group = row_group
         self.written = 0
         self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._capacity = min(FIRST_CAPACITY, most)
         self._prompt = prompts  # by layer: (groups, Hkv, P, D)
         self._response: dict[int, tuple[Tensor, Tensor]] = {}
         self._index_rows()
@@ -52,7 +55,7 @@ class DecodeCache:
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         new_k, new_v = key.transpose(0, 1).unsqueeze(2), value.transpose(0, 1).unsqueeze(2)  # (B, Hkv, 1, D)
         if layer not in self._response:
-            shape = (*new_k.shape[:2], FIRST_CAPACITY, new_k.shape[3])
+            shape = (*new_k.shape[:2], self._capacity, new_k.shape[3])
             self._response[layer] = new_k.new_empty(shape), new_v.new_empty(shape)
         held_k, held_v = self._response[layer]
         if self.written >= held_k.shape[2]:

@@ -17,7 +17,7 @@ from selftaught.rollout.cache import DecodeCache
 from selftaught.rollout.engine import uniforms
 from selftaught.rollout.sampling import draw, truncate
 
-TAIL = 16  # tokens decoded to look for a stop string: longer than any sensible one
+MARGIN = 4  # tokens decoded beyond the length of a stop string: they may be cut inside a character, or be special
 DROP_SHARE = 8  # finished rows leave the batch once they are an eighth of it
 
 
@@ -48,7 +48,7 @@ class _Row:
     tokens: list[int]
     logps: list[float]
     finish: Finish | None = None
-    text: str = ""
+    text: str | None = None  # known early where a stop string ended it
 
 
 class TransformersEngine:
@@ -81,7 +81,7 @@ class TransformersEngine:
             decode(rows, sampling)
         return [Rollout(
             problem=row.request.problem, sample=row.sample, prompt=row.request.prompt, token_ids=tuple(row.tokens),
-            logp_sampler=tuple(row.logps), text=row.text, finish=row.finish or "length", sampling=sampling,
+            logp_sampler=tuple(row.logps), text=row.text or "", finish=row.finish or "length", sampling=sampling,
             version=self.version, step=row.request.step,
         ) for row in rows]
 
@@ -109,7 +109,8 @@ class TransformersEngine:
         active = sorted(rows, key=lambda row: prompts[row.request.prompt.token_ids])
         group = torch.tensor([prompts[row.request.prompt.token_ids] for row in active], device=device)
         hidden, layers = self.backbone.prefill(list(prompts))
-        cache = DecodeCache(layers, torch.tensor([len(prompt) for prompt in prompts], device=device), group)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        cache = DecodeCache(layers, lengths, group, sampling.max_completion_length)
         logits = self.backbone.logits(hidden)[group]
         for position in range(sampling.max_completion_length):
             token = self._draw(active, logits, position, sampling)
@@ -159,9 +160,11 @@ class TransformersEngine:
         newest = row.tokens[-1]
         if newest not in self._texts:
             self._texts[newest] = self.tokenizer.decode([newest])
-        if not any(set(s) & set(self._texts[newest]) for s in stop):
+        seen = set(self._texts[newest])
+        if "\ufffd" not in seen and not any(set(s) & seen for s in stop):  # U+FFFD: a part of some character
             return False
-        tail = self.tokenizer.decode(row.tokens[-TAIL:], skip_special_tokens=True)
+        longest = max(len(s.encode()) for s in stop)  # a token is a byte at least
+        tail = self.tokenizer.decode(row.tokens[-longest - MARGIN:], skip_special_tokens=True)
         if not any(s in tail for s in stop):
             return False
         text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
@@ -170,5 +173,6 @@ class TransformersEngine:
 
     def _close_texts(self, rows: list[_Row]) -> None:
         for row in rows:
-            if not row.text and not (row.finish == "stop" and row.tokens[-1] not in self.stop_ids):
-                row.text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
+            if row.text is None:
+                written = row.tokens[:-1] if row.finish == "stop" else row.tokens  # a stop token need not be special
+                row.text = self.tokenizer.decode(written, skip_special_tokens=True)

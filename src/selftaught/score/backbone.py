@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,8 @@ class Backbone:
         bias = getattr(embeddings, "bias", None)
         self._head = names[id(embeddings.weight)], None if bias is None else names[id(bias)]
         self._scale, self._softcap = _logit_transform(self.config)
+        recurrent = "cache_params" in inspect.signature(self._base.forward).parameters  # as Mamba calls its state
+        self._cache = "cache_params" if recurrent else "past_key_values"
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +67,7 @@ class Backbone:
     def head(self, weights: Named | None = None) -> Head:
         """The vocabulary head under the model's own weights or the given ones."""
         weight, bias = self._head
-        held = dict(self.model.named_parameters()) if weights is None else weights
+        held = {**dict(self.model.named_parameters()), **(weights or {})}  # a teacher holds what is trained alone
         return Head(held[weight], None if bias is None else held[bias], self._scale, self._softcap)
 
     def logits(self, hidden_nH: Tensor) -> Tensor:
@@ -94,8 +97,8 @@ class Backbone:
 
     def step(self, token_ids_BT: Tensor, past: Any) -> tuple[Tensor, Any]:
         """The model's own incremental forward, for decoding where `run` cannot: last hidden states (B, H), cache."""
-        out = self._base(input_ids=token_ids_BT, past_key_values=past, use_cache=True)
-        return out.last_hidden_state[:, -1], out.past_key_values
+        out = self._base(input_ids=token_ids_BT, use_cache=True, **{self._cache: past})
+        return out.last_hidden_state[:, -1], getattr(out, self._cache)
 
     def _plain(self, packed: Packed, weights: Named | None) -> Tensor:
         """The reference: one row per rollout, padded on the right, by the model's own attention."""
@@ -131,6 +134,24 @@ class Backbone:
         finally:
             for module in training:
                 module.training = True
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations.
+
+        Only the layers themselves enter training mode, in which alone transformers recomputes; what is inside them
+        stays as it is, so that no dropout comes between the sampler's distribution and the scorer's.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every transformers 5
+            self.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._same_attention})
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
+
+    def _same_attention(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a layer's pass and of its recomputation, which runs after `run` has put the attention back."""
+        return nullcontext(), self._attention(self.config._attn_implementation)
 
     @contextmanager
     def _attention(self, name: str) -> Iterator[None]:

@@ -44,10 +44,10 @@ class Scorer:
 
     def hidden(self, batch: Batch, micro: Micro) -> dict[str, Tensor]:
         """(n, H) for "student", with gradient if enabled, and for each view, without; equal views are run once."""
-        found: dict[tuple[str, str], Tensor] = {}
+        found: dict[str | View, Tensor] = {}
         out = {}
         for name, view in self.views.items():
-            key = (view.weights if name != "student" else "student", view.context)
+            key = name if name == "student" or view.weights == "external" else view
             if key not in found:
                 found[key] = self._run(batch, micro, name, view)
             out[name] = found[key]
