@@ -62,6 +62,7 @@ class Parts:
 def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] | None = None) -> Ground:
     """Check and load everything but the weights. Raises UserError with the remedy for whatever cannot work."""
     method = run.method.build()
+    device_of(run)
     check_model(run.model)
     dataset = data.load(run.data, seed=run.seed, say=say)
     tokenizer = load_tokenizer(run.model)
@@ -101,27 +102,39 @@ def check_context(run: Run, tokenizer: Any, renderer: Renderer, problems: Sequen
 
 
 def device_of(run: Run) -> str:
-    """The device that the run names; auto is a GPU where there is one."""
-    if run.device != "auto":
-        return run.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device that the run names; auto is a GPU where there is one. Raises UserError where it is not there."""
+    if run.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=run.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device = {run.device!r}: this machine or this build of torch has no such device ({reason}); "
+                        "use auto or cpu") from error
+    return run.device
+
+
+def load_engine(ground: Ground) -> tuple[Backbone, Engine]:
+    """Load the weights, compare the layouts on a probe batch, and make the sampler."""
+    run = ground.run
+    model = load_model(run.model, getattr(torch, run.optim.dtype), device_of(run))
+    backbone = Backbone(model, run.score.layout)
+    prompts = [ground.renderer.prompt(problem).token_ids for problem in ground.dataset.train[:PROBE]]
+    backbone.verify([*prompts, *prompts], [*reversed(prompts), *(prompt[-3:] for prompt in prompts)])
+    return backbone, TransformersEngine(backbone, ground.tokenizer, stop_token_ids(ground.tokenizer, model),
+                                        run.rollout.max_rows)
 
 
 def assemble(ground: Ground) -> Parts:
-    """Load the weights and put the parts together; the layouts are compared on a probe batch."""
+    """Load the weights and put the parts together."""
     run, method = ground.run, ground.method
-    model = load_model(run.model, getattr(torch, run.optim.dtype), device_of(run))
+    backbone, engine = load_engine(ground)
+    model = backbone.model
     model.requires_grad_(True)
-    backbone = Backbone(model, run.score.layout)
     if run.optim.activation_checkpointing:
         backbone.checkpoint_activations()
     optimizer = Optimizer(model.named_parameters(), run.optim)
     teachers = Teachers(method.views, model)
-    probe = ground.dataset.train[:PROBE]
-    prompts = [ground.renderer.prompt(problem).token_ids for problem in probe]
-    backbone.verify([*prompts, *prompts], [*reversed(prompts), *(prompt[-3:] for prompt in prompts)])
-    engine = TransformersEngine(backbone, ground.tokenizer, stop_token_ids(ground.tokenizer, model),
-                                run.rollout.max_rows)
     scorer = Scorer(backbone, method.views, teachers.weights, run.optim.token_budget, run.rollout.temperature)
     cursor = Cursor(ground.dataset.train, seed=run.seed)
     return Parts(ground, backbone, engine, teachers, optimizer, scorer, cursor)

@@ -29,18 +29,15 @@ def train(recipe: Recipe, overrides: Overrides = None,
 
     run = load_run(recipe, overrides or [])
     if dry_run:
-        import yaml
-
-        from selftaught.assemble import lay_ground
-        from selftaught.forecast import forecast
-
-        ground = lay_ground(run, _say)
-        typer.echo(yaml.safe_dump(run.resolved(), sort_keys=False, allow_unicode=True))
-        typer.echo("\n".join(forecast(ground).lines()))
+        _dry_run(run)
         return
     from selftaught.train import train as start
 
-    finished = start(run, resume=resume, console=Console())
+    try:
+        finished = start(run, resume=resume, console=Console())
+    except KeyboardInterrupt:
+        typer.echo("stopped at once; go on with the same command and --resume", err=True)
+        raise typer.Exit(130) from None
     if finished.interrupted is not None:
         raise typer.Exit(128 + finished.interrupted)
 
@@ -53,18 +50,23 @@ def evaluate(model: Annotated[str | None, typer.Argument(help="a run's folder, a
              k: Annotated[str, typer.Option(help="the k of pass@k, with commas")] = "",
              json_out: Annotated[Path | None, typer.Option("--json", help="write the measures here")] = None) -> None:
     """Sample, verify and measure; or measure a saved file alone."""
+    ks = _ladder(k) if k else None
     if completions is not None:
+        if model is not None:
+            raise UserError(f"eval: --completions measures a file alone, so leave {model!r} out")
         from selftaught.evaluate import measure_file
 
-        found = measure_file(completions, _ladder(k or "1,8"))
-    elif model is None or recipe is None:
-        raise UserError("eval: give a run or model and a recipe (`selftaught eval runs/quickstart quickstart`), "
-                        "or --completions FILE")
+        found = measure_file(completions, ks, _warn)
+    elif model is None:
+        raise UserError("eval: give a run's folder (`selftaught eval runs/quickstart`), a model and a recipe "
+                        "(`selftaught eval MODEL quickstart`), or --completions FILE")
     else:
         from selftaught.evaluate import evaluate_model
 
-        changed = [*(overrides or []), *([f"eval.k=[{k}]"] if k else [])]
-        found = evaluate_model(model, recipe, changed, _say)
+        if recipe is not None and "=" in recipe:  # `eval RUN key=value`: by the run's own recipe
+            recipe, overrides = None, [recipe, *(overrides or [])]
+        ladder = [] if ks is None else [f"eval.k={list(ks)}", f"eval.best=pass@{ks[0]}"]
+        found = evaluate_model(model, recipe, [*(overrides or []), *ladder], _say)
     _measures(found)
     if json_out is not None:
         _write(json_out, json.dumps(found, indent=2) + "\n")
@@ -78,9 +80,11 @@ def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
     from selftaught.run import load_run
 
     ground = lay_ground(load_run(recipe, overrides or []), _say)
-    lines = examine(ground, _say)
-    if ground.rewarder is not None:
-        ground.rewarder.close()
+    try:
+        lines = examine(ground, _say)
+    finally:
+        if ground.rewarder is not None:
+            ground.rewarder.close()
     for line in lines:
         typer.echo(f"{'ok    ' if line.ok else 'CHANGE'}  {line.text}")
     raise typer.Exit(0 if all(line.ok for line in lines) else 1)
@@ -118,8 +122,28 @@ def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several
     typer.echo(f"report: {write_report(runs, path)}")
 
 
+def _dry_run(run: Any) -> None:
+    """The resolved run as YAML, which is a recipe again, with the forecast as comments; starts nothing."""
+    import yaml
+
+    from selftaught.assemble import lay_ground
+    from selftaught.forecast import forecast
+
+    notes: list[str] = []
+    ground = lay_ground(run, notes.append)
+    if ground.rewarder is not None:
+        ground.rewarder.close()
+    typer.echo(yaml.safe_dump(run.resolved(), sort_keys=False, allow_unicode=True), nl=False)
+    for line in (*notes, *forecast(ground).lines()):
+        typer.echo(f"# {line}")
+
+
 def _say(text: str) -> None:
     typer.echo(text)
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
 
 
 def _ladder(text: str) -> tuple[int, ...]:
@@ -134,6 +158,8 @@ def _measures(found: dict[str, Any]) -> None:
     for name, measure in found.items():
         if isinstance(measure, dict) and measure.get("value") is not None:
             interval = f"[{measure['low']:.3f}, {measure['high']:.3f}]" if measure.get("low") is not None else ""
+            if "answer" in measure:
+                interval = f"answer {measure['answer']!r}"
             table.add_row(name, f"{measure['value']:.3f}", interval)
         elif isinstance(measure, int):
             table.add_row(name, str(measure), "")
@@ -153,13 +179,10 @@ def main() -> None:
     # Threads that spin while they wait make a step ten times slower as soon as anything else wants the processor.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
+        app(prog_name="selftaught")
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -71,22 +71,32 @@ def lengths(ground: Ground) -> list[Line]:
 
 
 def rewards(ground: Ground) -> list[Line]:
-    """A dry call on a right, a wrong and an empty answer."""
+    """A dry call on a right, a wrong and an empty answer: the right one must score more than the others."""
     if ground.rewarder is None:
         return []
-    first, second = ground.dataset.train[0], next(
-        (p for p in ground.dataset.train if p.answer != ground.dataset.train[0].answer), ground.dataset.train[-1])
-    if first.answer is None:
+    problem = ground.dataset.train[0]
+    if problem.answer is None:
         return [Line(True, "reward: the data has no answers to try it on")]
-    right = first.solution if ground.dataset.shots and first.solution else first.answer
-    wrong = second.solution if ground.dataset.shots and second.solution else second.answer
+    other = next((p for p in ground.dataset.train if p.answer not in (None, problem.answer)), None)
+    worked = bool(ground.dataset.shots)  # few-shot examples show their working, and so does a right response
+    tried = {"right": problem.solution if worked and problem.solution else problem.answer}
+    if other is not None and other.answer is not None:
+        tried["wrong"] = other.solution if worked and other.solution else other.answer
+    tried["empty"] = ""
+    verdicts = dict(zip(tried, ground.rewarder([_made(ground, text) for text in tried.values()]), strict=True))
+    best = verdicts["right"].score
     out = []
-    for name, text in (("right", right), ("wrong", wrong), ("empty", "")):
-        verdicts = ground.rewarder([_made(ground, text or "")])
-        verdict = verdicts[0]
-        good = (verdict.status == "right") == (name == "right") and verdict.status not in ("error", "timeout")
-        remedy = "" if good else f": look at `reward` (feedback: {verdict.feedback})"
-        out.append(Line(good, f"reward of a {name} answer {text!r}: score {verdict.score}, {verdict.status}{remedy}"))
+    for name, verdict in verdicts.items():
+        change = ""
+        if verdict.status in ("error", "timeout"):
+            change = f": the reward fails on it ({verdict.feedback}); mend it"
+        elif verdict.score is None:
+            change = ": the reward has no opinion (None) of it, so it teaches nothing; let it return a number"
+        elif name != "right" and best is not None and verdict.score >= best:
+            change = ", no less than a right one: look at `reward`, unless it does not judge answers"
+        score = "no score" if verdict.score is None else f"score {verdict.score:g}"
+        out.append(Line(not change, f"reward of {'an' if name == 'empty' else 'a'} {name} answer {tried[name]!r}: {score}, "
+                                    f"{verdict.status}{change}"))
     return out
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from selftaught import privilege
-from selftaught.assemble import Ground, Say, assemble, lay_ground, sample_and_verify
+from selftaught.assemble import Ground, Say, lay_ground, load_engine, sample_and_verify
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, read_rows, rows_of, select, summarise
 from selftaught.records import Problem, Prompt, Request, Sampling
@@ -106,34 +108,53 @@ def results(ground: Ground, folder: RunFolder, steps: int, seconds: Mapping[str,
     return found
 
 
-def measure_file(path: Path, ks: Sequence[int]) -> dict[str, Any]:
-    """The measures of a saved completions file alone: the student's latest step in it."""
-    return summarise(select(read_rows(path)), ks)
+def measure_file(path: Path, ks: Sequence[int] | None, warn: Say) -> dict[str, Any]:
+    """The measures of a saved completions file alone: the student's latest step in it.
+
+    Without `ks`, those of one sample and of all samples.
+    """
+    rows = read_rows(path, warn)
+    arms = {row["arm"] for row in rows}
+    rows = select(rows, arm=arms.pop()) if len(arms) == 1 else select(rows)
+    if ks is None:
+        ks = sorted({1, max(Counter(row["problem"] for row in rows).values(), default=1)})
+    return summarise(rows, ks)
 
 
-def evaluate_model(model: str, recipe: str, overrides: Sequence[str], say: Say) -> dict[str, Any]:
+def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say: Say) -> dict[str, Any]:
     """Sample, verify and measure a run's final model, a model folder or a Hub name on a recipe's held-out problems.
 
-    Completions go to `completions.jsonl` under the run's `evals/`, or under the recipe's `out` for a model. For a run
-    with a `results.json` the paired difference to its own start is not repeated here: see its report.
+    Without a recipe, a run is measured by its own. Completions go to a new folder: RUN/evals/RECIPE of a run, else
+    evals/MODEL-RECIPE beside the recipe's `out`; or the `out` that an override names.
     """
     folder, name = Path(model), model
-    if (folder / "run.yaml").is_file():
-        if not (folder / "final").is_dir():
-            raise UserError(f"{folder}: the run has no final/ yet; let it finish with --resume")
+    of_run = (folder / "run.yaml").is_file()
+    if of_run:
         name = str(folder / "final")
-    run = load_run(recipe, [*overrides, f"model={name}"])
+        if not Path(name).is_dir():
+            raise UserError(f"eval: the run in {folder} has no final/ yet; let it finish first, with --resume")
+        recipe = recipe or str(folder / "run.yaml")
+    if recipe is None:
+        raise UserError(f"eval: {model} is no run's folder, so say on what: `selftaught eval {model} RECIPE`")
+    run = load_run(recipe, overrides, {"model": name})
+    stem = Path(recipe).stem
+    out = folder / "evals" / stem if of_run else Path(run.out).parent / "evals" / f"{folder.name}-{stem}"
+    target = RunFolder(run.out if any(o.startswith("out=") for o in overrides) else _unused(out))
     ground = lay_ground(run, say)
-    if not ground.dataset.heldout:
-        raise UserError("data.heldout = 0: there is nothing to evaluate on; set it above 0")
-    out = folder / "evals" / Path(recipe).stem if name != model else Path(run.out)
-    target = RunFolder(out)
-    parts = assemble(ground)
     try:
-        summary = evaluate(ground, parts.engine, target, 0)
+        if not ground.dataset.heldout:
+            raise UserError("data.heldout = 0: there is nothing to evaluate on; set it above 0")
+        _, engine = load_engine(ground)
+        summary = evaluate(ground, engine, target, 0)
+        engine.close()
     finally:
-        parts.engine.close()
         if ground.rewarder is not None:
             ground.rewarder.close()
     say(f"completions: {target.completions}")
     return summary
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that is not there: no evaluation overwrites another."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return path if not path.exists() else next(each for each in numbered if not each.exists())

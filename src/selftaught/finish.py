@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
+
+from safetensors import SafetensorError
 
 from selftaught.errors import UserError
 from selftaught.evaluate import results
-from selftaught.report import model_card, result_sentence, write_curves, write_report
+from selftaught.report import model_card, result_sentence, result_table, write_curves, write_report
+from selftaught.score.client import quiet
 from selftaught.session import Session
 
 
@@ -16,29 +20,44 @@ def finish(session: Session) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if ground.dataset.heldout:
         found = results(ground, folder, session.done, session.seconds)
+        if session.best is not None:
+            found["best"] = {"step": session.best[0], "measure": ground.run.eval.best, "value": session.best[1]}
         folder.write_results(found)
-        session.progress.say(result_sentence(found))
-    with folder.surviving("final"):
-        save_model(session, found)
+        for line in ("", *result_table(found), "", result_sentence(found)):
+            session.progress.say(line)
     if ground.run.report.html:
         session.trackers.close()
         with folder.surviving("report.html"):
             write_report([folder.path], folder.path / "report.html")
             write_curves([folder.path], folder.path / "curves.png")
         session.progress.say(f"report: {folder.path / 'report.html'}")
+    save_model(session, found)
     session.progress.say(f"model:  {folder.final}")
+    if session.best is not None and session.best[0] != session.done:
+        step, value = session.best
+        session.progress.say(f"best:   {ground.run.eval.best} {value:.3f} after step {step}, kept in "
+                             f"{folder.checkpoints / f'step-{step}'}")
     return found
 
 
 def save_model(session: Session, found: dict[str, Any]) -> None:
-    """final/: a plain folder that `from_pretrained` loads, with a model card."""
+    """final/: a plain folder that `from_pretrained` loads, with a model card; whole, or as it was before.
+
+    Raises UserError where it cannot be written.
+    """
     ground, folder = session.parts.ground, session.folder
-    try:
-        session.parts.backbone.model.save_pretrained(folder.final)
-    except Exception as error:
-        if "No space left" not in str(error):
-            raise
-        raise UserError(f"{folder.final}: no space left on the disk; nothing is lost: free some and --resume") from error
-    ground.tokenizer.save_pretrained(folder.final)
+    work = folder.path / ".final.tmp"
     card = model_card(ground.run.resolved(), found, arxiv=getattr(ground.method, "arxiv", None))
-    (folder.final / "README.md").write_text(card, encoding="utf-8")
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        with quiet():
+            session.parts.backbone.model.save_pretrained(work)
+            ground.tokenizer.save_pretrained(work)
+        (work / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder.final, ignore_errors=True)
+        work.rename(folder.final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        kept = "its checkpoint is whole" if session.saved == session.done else "its last checkpoint failed too"
+        raise UserError(f"{folder.final} cannot be written ({error}); the training is done and {kept}: free some space "
+                        "and give the same command with --resume") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -82,7 +83,10 @@ def available_memory(ground: Ground) -> int | None:
     device = device_of(ground.run)
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    try:
+    try:  # what Linux could free counts too: the page cache is no memory in use
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return None

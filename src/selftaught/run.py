@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from selftaught.errors import UserError, nearest
 from selftaught.eval import EvalConfig
 from selftaught.loss import LossConfig
 from selftaught.methods import Method, build
-from selftaught.optim import CheckpointConfig, OptimConfig
+from selftaught.optim import CheckpointConfig, OptimConfig, check_views
 from selftaught.privilege import PrivilegeConfig
 from selftaught.records import Section
 from selftaught.report import ReportConfig
@@ -82,6 +82,7 @@ class Run(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Run:
         method = self.method.build()
+        check_views(method.views)
         privileged = [name for name, view in method.views.items() if view.context == "privileged"]
         if privileged and self.privilege is None:
             raise UserError(f"method {method.name!r}: its {privileged[0]} sees a privilege, but the recipe has none; "
@@ -138,7 +139,7 @@ def make_run(tree: Mapping[str, Any]) -> Run:
     try:
         return Run.model_validate(dict(tree))
     except ValidationError as error:
-        raise UserError("\n".join(dict.fromkeys(_fault(fault) for fault in error.errors()))) from None
+        raise UserError("\n".join(dict.fromkeys(_fault(fault) for fault in _telling(error.errors())))) from None
 
 
 def _read(recipe: str) -> dict[str, Any]:
@@ -170,6 +171,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
         inner = node.get(key)
         if isinstance(inner, str) and key in SHORT:
             inner = {SHORT[key]: inner}
+        elif isinstance(inner, str) and key == "reward":
+            inner = {"parts": [{"name": inner}]}
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):
@@ -179,8 +182,28 @@ def _override(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
+def _telling(faults: Sequence[Any]) -> Iterator[Any]:
+    """Without those that follow from another: which branch of a union a value is not, a list that lost an item."""
+    said = set()
+    for fault in faults:
+        *parent, last = fault["loc"] or ("",)
+        if fault["type"] == "too_short" and any(f["loc"][:-1][: len(fault["loc"])] == fault["loc"] for f in faults):
+            continue
+        if _is_branch(last):
+            deeper = any(list(f["loc"][: len(parent)]) == parent and len(f["loc"]) > len(fault["loc"]) for f in faults)
+            if deeper or tuple(parent) in said:
+                continue
+            said.add(tuple(parent))
+        yield fault
+
+
+def _is_branch(part: Any) -> bool:
+    """Is this part of a location pydantic's name for a branch of a union, not a key or an index?"""
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or not part.isidentifier())
+
+
 def _fault(fault: Any) -> str:
-    place = ".".join(str(part) for part in fault["loc"])
+    place = ".".join(str(part) for part in fault["loc"] if not _is_branch(part))
     if fault["type"] == "extra_forbidden":
         return f"unknown key {place!r}; {nearest(str(fault['loc'][-1]), _known(fault['loc'][:-1]))}"
     if fault["type"] == "missing":
@@ -188,16 +211,25 @@ def _fault(fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return message if not place or message.startswith((place, place.split(".")[0])) else f"{place}: {message}"
-    return f"{place} = {fault['input']!r}: {message}"
+    for pydantic_s, ours in (("Input should be", "should be"), ("valid tuple", "list"), ("valid dictionary", "mapping"),
+                             (" or instance of ", " of the fields of ")):
+        message = message.replace(pydantic_s, ours)
+    return f"{place} = {fault['input']!r}: it {message}" if message.startswith("should") else (
+        f"{place} = {fault['input']!r}: {message}")
 
 
 def _known(location: Sequence[Any]) -> list[str]:
     """Field names of the section at that place of the recipe."""
     model: Any = Run
     for part in location:
-        if not isinstance(part, str) or part not in getattr(model, "model_fields", {}):
-            continue
-        annotation = model.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
+        if isinstance(part, str) and part in model.model_fields:
+            model = next(_models(model.model_fields[part].annotation), model)
     return list(model.model_fields)
+
+
+def _models(annotation: Any) -> Iterator[Any]:
+    """The sections inside an annotation such as `tuple[Part, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _models(inner)

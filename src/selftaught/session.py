@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 
 from selftaught.assemble import Parts
 from selftaught.errors import UserError
-from selftaught.evaluate import evaluate, evaluate_controls, flat
-from selftaught.optim import Checkpoints
-from selftaught.report import Health, Progress, RunFolder, Trackers
+from selftaught.evaluate import evaluate, evaluate_controls, flat, heldout
+from selftaught.optim import Checkpoint, Checkpoints
+from selftaught.report import Health, Progress, RunFolder, Trackers, versions
+from selftaught.run import Run
 
 MAY_CHANGE = ("out", "report", "checkpoint")  # what a resumed run may set anew: nothing that touches its numbers
 
@@ -23,9 +25,8 @@ MAY_CHANGE = ("out", "report", "checkpoint")  # what a resumed run may set anew:
 class Interrupts:
     """Ctrl-C and SIGTERM finish the step and save; a second one ends at once."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.caught: int | None = None
-        self._say = say
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -44,7 +45,48 @@ class Interrupts:
         if self.caught is not None:
             raise KeyboardInterrupt
         self.caught = number
-        self._say("stopping after this step; everything will be saved (once more: stop at once)")
+        # Written past Python's buffers and locks, which the code that was interrupted may hold.
+        os.write(2, b"\nstopping after this step or evaluation, then saving; once more: stop at once\n")
+
+
+@dataclass
+class Place:
+    """Where a run lives, and the checkpoint that it goes on from; None: it begins."""
+
+    folder: RunFolder
+    checkpoints: Checkpoints
+    start: Checkpoint | None
+    resume: bool
+
+    @classmethod
+    def take(cls, run: Run, resume: bool, progress: Progress) -> Place:
+        """Raises UserError where the folder holds another run, another recipe's, or only broken checkpoints."""
+        folder = RunFolder(run.out, resume=resume, warn=progress.warn)
+        checkpoints = Checkpoints(folder.checkpoints, run.checkpoint.keep, progress.warn)
+        start = checkpoints.newest() if resume else None
+        if start is not None:
+            folder.write_run(run.resolved(), may_change=MAY_CHANGE)
+        elif resume and checkpoints.steps():
+            raise UserError(f"resume: no checkpoint in {folder.checkpoints} is whole; mend one, or begin anew with "
+                            "another out")
+        elif resume:
+            progress.say(f"nothing to resume in {folder.path}: the run begins")
+        return cls(folder, checkpoints, start, resume)
+
+    @property
+    def resumed_step(self) -> int | None:
+        """What was logged after it is void; None: nothing was logged yet."""
+        return self.start.step if self.start else -1 if self.resume else None
+
+    def begin(self, run: Run) -> None:
+        """Write what a run starts with, now that everything stands; forget what a killed run logged too much."""
+        if self.resume:
+            self.folder.truncate(self.start.step if self.start else -1)
+        if self.start is None:
+            for left in ("run.yaml", "versions.json"):
+                (self.folder.path / left).unlink(missing_ok=True)
+            self.folder.write_run(run.resolved())
+        self.folder.write_versions(versions())
 
 
 @dataclass
@@ -58,17 +100,14 @@ class Session:
     progress: Progress
     health: Health
     done: int = 0
-    best: tuple[int, float] | None = None
+    best: tuple[int, float] | None = None  # step and measure of the best checkpoint on disk
+    better: tuple[int, float] | None = None  # the same of this step, where it is better and not yet saved
     saved: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def restore(self) -> None:
-        """Go on from the newest whole checkpoint; without one, from the beginning."""
-        newest = self.checkpoints.newest()
-        if newest is None:
-            self.folder.truncate(-1)
-            return
-        tensors, state = self.checkpoints.load(newest.step)
+    def restore(self, start: Checkpoint) -> None:
+        """Go on from that checkpoint."""
+        tensors, state = self.checkpoints.load(start.step)
         model = self.parts.backbone.model
         own = dict(model.named_parameters())
         with torch.no_grad():
@@ -78,12 +117,16 @@ class Session:
         self.parts.teachers.load(tensors.get("teachers", {}), state["teachers"])
         self.parts.cursor.load_state(state["cursor"])
         self.health.load(state["health"])
-        self.done = self.saved = newest.step
+        self.seconds = dict(state["seconds"])
+        self.done = self.saved = start.step
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
         self.checkpoints.protect(None if self.best is None else self.best[0])
-        self.parts.engine.sync((), self.done)
-        self.folder.truncate(self.done)
-        self.progress.say(f"resumed after step {self.done} from {newest.path}")
+        self.parts.engine.sync(model.named_parameters(), self.done)
+        self.progress.say(f"resumed after step {self.done} from {start.path}")
+
+    def save_is_due(self) -> bool:
+        run = self.parts.ground.run
+        return self.done % run.checkpoint.every == 0 or self.done == run.optim.steps or self.better is not None
 
     def save(self) -> None:
         """A checkpoint of everything that the next step depends on."""
@@ -96,17 +139,31 @@ class Session:
         }
         if held := parts.teachers.state_tensors():
             tensors["teachers"] = held
+        best = self.better or self.best
         state = {"optimizer": parts.optimizer.state(), "teachers": parts.teachers.state(), "cursor": parts.cursor.state(),
-                 "health": self.health.state(), "best": self.best}
+                 "health": self.health.state(), "best": best, "seconds": self.seconds}
+        self.checkpoints.protect(None if best is None else best[0])
         if self.checkpoints.save(self.done, tensors, state) is not None:
-            self.saved = self.done
+            self.saved, self.best = self.done, best
+        self.better = None
+        self.checkpoints.protect(None if self.best is None else self.best[0])
+
+    def farewell(self) -> str:
+        """What a run that was stopped says last."""
+        steps = self.parts.ground.run.optim.steps
+        if self.saved != self.done:
+            return f"stopped after step {self.done} of {steps}, but its checkpoint could not be written: see above"
+        return f"stopped after step {self.done} of {steps}, all of it saved; go on with the same command and --resume"
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out measures at this point; keeps the best checkpoint by the recipe's metric."""
+        """Held-out measures at this point, and whether they are the best so far by the recipe's metric."""
         ground = self.parts.ground
         if not ground.dataset.heldout:
             return {}
-        self.progress.doing("evaluating")
+        count = f"{len(heldout(ground))} held-out problems, {ground.run.eval.samples} samples each"
+        if self.done == 0:
+            self.progress.say(f"evaluating before training: {count}")
+        self.progress.doing(f"evaluating: {count}")
         began = time.monotonic()
         metrics = flat(evaluate(ground, self.parts.engine, self.folder, self.done))
         if ground.run.eval.controls and self.done in (0, ground.run.optim.steps):
@@ -114,13 +171,13 @@ class Session:
         self.clock("evaluation", began)
         value = metrics.get(f"eval/{ground.run.eval.best}")
         if self.done and value is not None and (self.best is None or value > self.best[1]):
-            self.best = (self.done, value)
-            self.save()
-            self.checkpoints.protect(self.done)
+            self.better = (self.done, value)
         return metrics
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """One line of metrics for the step that is done."""
+        """One line of metrics for the step that is done; step 0 is before training."""
+        if not metrics:
+            return
         self.folder.log(self.done, metrics)
         self.trackers.log(self.done, metrics)
         self.progress.step(self.done, metrics)

@@ -12,22 +12,22 @@ from typing import Any
 from rich.console import Console
 
 from selftaught.assemble import assemble, lay_ground, make_batch, privileges_of, requests, sample_and_verify, shuffled
+from selftaught.errors import UserError
 from selftaught.eval import rows_of
 from selftaught.finish import finish
 from selftaught.loss import chunked_loss
 from selftaught.measure import rollout_metrics, token_metrics
 from selftaught.methods import batch_credit
-from selftaught.optim import Checkpoints
 from selftaught.privilege import describe
-from selftaught.report import Health, Progress, RunFolder, Trackers, versions
+from selftaught.report import Health, Progress, Trackers
 from selftaught.reward import from_callables
 from selftaught.run import Run, load_run
-from selftaught.session import MAY_CHANGE, Interrupts, Session, refuse_gap
+from selftaught.session import Interrupts, Place, Session, refuse_gap
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that has ended: its folder, results.json (empty where nothing was held out), and how it ended."""
+    """A run that has ended: its folder, results.json (empty where nothing was held out), and the signal that ended it."""
 
     run: Run
     folder: Path
@@ -41,7 +41,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Run | None = None, *, resume:
 
         selftaught.train(model="Qwen/Qwen3-1.7B", data="mine.jsonl", reward=my_function, method="rlsd")
 
-    `reward` may be a function in TRL's keyword form. Returns the finished run; its folder holds `final/`.
+    `reward` may be a function in TRL's keyword form. Returns the finished run; its folder holds `final/`. With `resume`
+    it goes on from the newest whole checkpoint; where there is no run yet, it begins one.
 
     Raises:
         UserError: whatever the user can mend, before a model is loaded where that is possible.
@@ -49,52 +50,51 @@ def train(recipe: str | Path | Mapping[str, Any] | Run | None = None, *, resume:
     reward, functions = from_callables(sections.pop("reward", None))
     if reward is not None:
         sections["reward"] = reward
-    run = recipe if isinstance(recipe, Run) else load_run(recipe or {}, overrides, sections)
+    run = load_run(recipe.resolved() if isinstance(recipe, Run) else recipe or {}, overrides, sections)
     with ExitStack() as stack:
         progress = Progress(run.optim.steps, console)
-        folder = RunFolder(run.out, resume=resume, warn=progress.warn)
+        place = Place.take(run, resume, progress)
         ground = lay_ground(run, progress.say, functions)
         if ground.rewarder is not None:
             stack.callback(ground.rewarder.close)
-        folder.write_run(run.resolved(), may_change=MAY_CHANGE)
-        folder.write_versions(versions())
         parts = assemble(ground)
         stack.callback(parts.engine.close)
-        checkpoints = Checkpoints(folder.checkpoints, run.checkpoint.keep, progress.say)
+        place.begin(run)
         health = Health(run.report.patience, ground.method.needs, ground.privileged)
-        trackers = Trackers(run.report, folder.path, folder.path.name, run=run.resolved(), warn=progress.warn)
+        trackers = Trackers(run.report, place.folder.path, place.folder.path.name, run=run.resolved(),
+                            resume_step=place.resumed_step, warn=progress.warn)
         stack.callback(trackers.close)
-        session = Session(parts, folder, checkpoints, trackers, progress, health)
-        if resume:
-            session.restore()
-        interrupts = stack.enter_context(Interrupts(progress.warn))
+        session = Session(parts, place.folder, place.checkpoints, trackers, progress, health)
+        if place.start is not None:
+            session.restore(place.start)
+        interrupts = stack.enter_context(Interrupts())
         stack.enter_context(progress)
         loop(session, interrupts)
         if interrupts.caught is not None:
-            progress.say(f"stopped after step {session.done} of {run.optim.steps}; go on with --resume")
-            return Finished(run, folder.path, {}, interrupts.caught)
-        return Finished(run, folder.path, finish(session))
+            progress.say(session.farewell())
+            return Finished(run, place.folder.path, {}, interrupts.caught)
+        return Finished(run, place.folder.path, finish(session))
 
 
 def loop(session: Session, interrupts: Interrupts) -> None:
     """From the step that is next to the last one, or to a signal."""
     run = session.parts.ground.run
-    if session.done == 0:
-        session.folder.log(0, session.evaluate())
+    if session.done == 0 and session.saved is None:
+        session.record(session.evaluate())
     while session.done < run.optim.steps and interrupts.caught is None:
         metrics = step(session)
         session.done += 1
         if run.eval.every and session.done % run.eval.every == 0 or session.done == run.optim.steps:
             metrics |= session.evaluate()
         session.record(metrics)
-        if session.done % run.checkpoint.every == 0 or session.done == run.optim.steps:
+        if session.save_is_due():
             session.save()
         try:
             session.health.verdict()
-        except Exception:
+        except UserError:
             session.save()
             raise
-    if interrupts.caught is not None and session.done:
+    if interrupts.caught is not None:
         session.save()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from selftaught.optim.checkpoints import Checkpoint, Checkpoints
 from selftaught.optim.config import CheckpointConfig, OptimConfig, learning_rate
 from selftaught.optim.optimizer import Optimizer
-from selftaught.optim.teachers import Teachers
+from selftaught.optim.teachers import Teachers, check_views
 
 __all__ = [
     "Checkpoint",
@@ -14,5 +14,6 @@ __all__ = [
     "OptimConfig",
     "Optimizer",
     "Teachers",
+    "check_views",
     "learning_rate",
 ]

@@ -92,7 +92,7 @@ class Checkpoints:
 
     def _prune(self, step: int) -> None:
         """Delete old checkpoints. Later ones than `step` are not ours to judge: a resume passed them over."""
-        for old in [s for s in self._steps() if s <= step][: -self._keep]:
+        for old in [s for s in self.steps() if s <= step][: -self._keep]:
             if old != self._protected:
                 try:
                     shutil.rmtree(self._set_aside(self.folder / f"step-{old}"))
@@ -101,7 +101,7 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint. A broken one is passed over with a sentence."""
-        for step in reversed(self._steps()):
+        for step in reversed(self.steps()):
             path = self.folder / f"step-{step}"
             fault = _fault(path)
             if fault is None:
@@ -117,12 +117,13 @@ class Checkpoints:
         path = self.folder / f"step-{step}"
         fault = _fault(path)
         if fault is not None:
-            known = ", ".join(f"step-{s}" for s in self._steps()) or "none"
+            known = ", ".join(f"step-{s}" for s in self.steps()) or "none"
             raise UserError(f"checkpoint {path} cannot be used ({fault}); found here: {known}")
         parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
         return parts, json.loads((path / "state.json").read_text(encoding="utf-8"))
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """Steps of every checkpoint on disk, whole or not, in order."""
         return sorted(int(path.name.removeprefix("step-")) for path in self._matching(_STEP))
 
     def _matching(self, pattern: re.Pattern[str]) -> list[Path]:
@@ -136,7 +137,7 @@ class Checkpoints:
         return doomed
 
     def _loss(self, step: int, error: Exception) -> str:
-        steps = [s for s in self._steps() if s != step]
+        steps = [s for s in self.steps() if s != step]
         left = f"the newest before it is step-{steps[-1]}" if steps else "there is none before it"
         return (
             f"the checkpoint of step {step} could not be written to {self.folder} ({error}); the run goes on, {left}; "

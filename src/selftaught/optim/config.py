@@ -22,7 +22,6 @@ class OptimConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of AdamW's two moments, in [0, 1).")
     eps: float = Field(1e-8, gt=0, allow_inf_nan=False, description="AdamW's epsilon.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled to this l2 norm; null: never.")
-    updates_per_batch: int = Field(1, gt=0, description="Optimiser updates per rollout batch; all share one rate.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights; moments are float32.")
     activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     token_budget: int = Field(4096, gt=0, description="Tokens per micro-batch, prompts included.")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from selftaught.errors import UserError
-from selftaught.records import View
+from selftaught.errors import UserError, nearest
+from selftaught.records import Context, View
 
 _KEPT = ("initial", "ema", "snapshot")
 _Key = tuple[str, float]  # kind, and its rate or interval
@@ -131,6 +131,16 @@ class Teachers:
         """The student's own tensors that a teacher must keep, detached."""
         live = dict(self._student.named_parameters()) | dict(self._student.named_buffers())
         return {name: live[name].detach() for name in (*self._parameters, *self._buffers)}
+
+
+def check_views(views: Mapping[str, View]) -> None:
+    """Raise UserError for a view whose weights or context are unknown, or lack their rate or interval."""
+    for name, view in views.items():
+        for field, known in (("weights", (*_KEPT, "live")), ("context", get_args(Context))):
+            value = getattr(view, field)
+            if value not in known:
+                raise UserError(f"view {name!r}: {field} = {value!r}; {nearest(str(value), known)}")
+        _key(name, view)
 
 
 def _key(name: str, view: View) -> _Key:

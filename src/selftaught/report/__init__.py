@@ -8,7 +8,7 @@ from selftaught.report.html import write_report
 from selftaught.report.progress import Progress, duration
 from selftaught.report.trackers import ReportConfig, Trackers
 from selftaught.report.versions import versions
-from selftaught.report.words import result_sentence
+from selftaught.report.words import result_sentence, result_table
 
 __all__ = [
     "Health",
@@ -19,6 +19,7 @@ __all__ = [
     "duration",
     "model_card",
     "result_sentence",
+    "result_table",
     "versions",
     "write_curves",
     "write_report",

@@ -22,7 +22,7 @@ from selftaught.errors import UserError
 
 MARKS = ("run.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints", "final")  # any of them: a run lives here
 OURS = (*MARKS, "versions.json", "rollouts", "results.json", "report.html", "curves.png", "tensorboard")
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class RunFolder:

@@ -10,8 +10,16 @@ from selftaught.errors import UserError
 SILENT_TEACHER = 1e-6  # nats: a mean gap below it is rounding
 REMEDIES = {
     "dead_groups": (
-        "every group was all right or all wrong, so no rollout was better than its siblings",
+        "in every group all rollouts scored the same (all right or all wrong), so none was better than its siblings",
         "use problems that the model solves sometimes, more rollout.num_generations, or a graded reward",
+    ),
+    "no_reward": (
+        "the reward had no opinion (None) of any rollout, so there was nothing to learn from",
+        "let it return a number; `selftaught doctor` tries it on a right, a wrong and an empty answer",
+    ),
+    "reward_failed": (
+        "the reward failed or ran out of time on half of the responses or more",
+        "look at the statuses in rollouts/ and at `selftaught doctor`, mend the reward, or raise reward.timeout",
     ),
     "zero_gradient": (
         "the gradient was zero, so nothing was learned",
@@ -68,12 +76,16 @@ class Health:
 
     def _found(self, metrics: Mapping[str, float]) -> list[str]:
         found = []
+        if "reward" in self._needs and "reward" not in metrics:
+            found.append("no_reward")
+        if metrics.get("reward/status/error", 0.0) + metrics.get("reward/status/timeout", 0.0) >= 0.5:
+            found.append("reward_failed")
         if "group" in self._needs and metrics.get("frac_reward_zero_std", 0.0) >= 1.0:
             found.append("dead_groups")
         norm = metrics.get("grad_norm", 1.0)
         if not math.isfinite(norm):
             found.append("bad_gradient")
-        elif norm == 0.0 and "dead_groups" not in found:
+        elif norm == 0.0 and not {"dead_groups", "no_reward"} & set(found):
             found.append("zero_gradient")
         if metrics.get("completions/clipped_ratio", 0.0) >= 0.5:
             found.append("cut_off")

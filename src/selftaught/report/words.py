@@ -90,6 +90,22 @@ def measure_rows(results: Mapping[str, Any]) -> list[MeasureRow]:
     return rows
 
 
+def result_table(results: Mapping[str, Any]) -> list[str]:
+    """The measures before and after and the controls, as lines for a terminal; [] without any."""
+    rows = [(row.label, row.before, row.after, row.difference) for row in measure_rows(results)]
+    rows = [row for row in rows if row[1] or row[2]]
+    if not rows:
+        return []
+    rows = [("held-out", "before", "after", "paired difference"), *rows]
+    controls = [(f"{headline(results)} of controls", ""), *control_rows(results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows]
+    if len(controls) > 1:
+        widest = max(widths[0], *(len(label) for label, _ in controls))
+        lines += ["", *(f"{label:{widest}}  {value}" for label, value in controls)]
+    return [line.rstrip() for line in lines]
+
+
 def control_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(what was shown to whom, its accuracy) of every control."""
     name = headline(results)

@@ -1,0 +1,133 @@
+"""Plants small named faults in a copy of the source, one at a time, and sees that the tests catch each.
+
+    make mutants                      all of them
+    make mutants ARGS="swapped_kl"    those whose names hold a word
+
+A fault that no test catches is a hole in the tests: the command then exits with 1. What is left out: faults that
+change no number (messages, speed), which other tests hold.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In `file`, `old` (which must stand there once) becomes `new`; `tests` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant("dropped_stop_gradient", "loss/surrogate.py", "logp.detach() if logp_old is None", "logp if logp_old is None",
+           "test_methods.py test_loss.py"),
+    Mutant("swapped_kl", "methods/opsd.py", "clipped_kl(teacher.log_probs, own.log_probs,",
+           "clipped_kl(own.log_probs, teacher.log_probs,", "test_methods.py test_rlsd_facts.py"),
+    Mutant("teacher_gets_gradient", "methods/objective.py", "TokenDist(logits[view].detach(), batch.tokens)",
+           "TokenDist(logits[view], batch.tokens)", "test_methods.py"),
+    Mutant("per_micro_batch_mean", "train.py", "weight[rows] * correction[rows]",
+           "weight[rows] / weight[rows].sum() * correction[rows]", "test_train.py"),
+    Mutant("response_offset_off_by_one", "tensors.py", "predict[index] = [last, ", "predict[index] = [last - 1, ",
+           "test_tensors.py test_score.py"),
+    Mutant("evidence_cut_from_the_left", "data/render.py", "return text[:end], len(ids) - max_tokens",
+           "return text[len(text) - end:], len(ids) - max_tokens", "test_data.py test_privilege.py"),
+    Mutant("unsaved_teachers", "session.py", "if held := parts.teachers.state_tensors():", "if held := {}:",
+           "test_resume.py"),
+    Mutant("cursor_not_restored", "session.py", 'self.parts.cursor.load_state(state["cursor"])', "pass",
+           "test_resume.py"),
+    Mutant("health_not_restored", "session.py", 'self.health.load(state["health"])', "pass", "test_resume.py"),
+    Mutant("biased_standard_deviation", "credit/group.py", "(count - 1).clamp_min(1)", "count.clamp_min(1)",
+           "test_credit.py test_methods.py"),
+    Mutant("dead_group_not_exactly_zero", "credit/group.py", "(spread <= EQUAL * largest.clamp_min(1))", "(spread < 0)",
+           "test_credit.py test_methods.py"),
+    Mutant("missing_reward_counts_as_zero", "credit/group.py", "known = ~torch.isnan(reward_B)",
+           "known = torch.ones_like(reward_B, dtype=torch.bool); reward_B = torch.nan_to_num(reward_B)",
+           "test_credit.py test_methods.py"),
+    Mutant("evidence_without_sign", "credit/evidence.py", "torch.exp(torch.sign(advantage_N) * d_N)", "torch.exp(d_N)",
+           "test_rlsd_facts.py test_credit.py"),
+    Mutant("schedule_never_decays", "credit/evidence.py", "max(0.0, 1 - step / decay)", "1.0",
+           "test_rlsd_facts.py test_methods.py"),
+    Mutant("denominator_counts_masked_tokens", "loss/reduction.py", "reducer.sum(counted.sum())",
+           "reducer.sum(torch.ones_like(counted).sum())", "test_methods.py test_loss.py"),
+    Mutant("mask_ignored", "credit/counted.py", "counted = counted & batch.mask", "pass", "test_methods.py test_credit.py"),
+    Mutant("privilege_mask_ignored", "credit/counted.py", "counted = counted & broadcast(batch.privileged, batch)", "pass",
+           "test_methods.py test_credit.py"),
+    Mutant("lower_clip_only", "loss/surrogate.py", "rho.clamp(low, high)", "rho.clamp(low, None)",
+           "test_loss.py test_methods.py"),
+    Mutant("dual_clip_on_the_wrong_sign", "loss/surrogate.py", "torch.where(advantage < 0, torch.maximum",
+           "torch.where(advantage > 0, torch.maximum", "test_loss.py test_methods.py"),
+    Mutant("temperature_ignored", "vocabulary.py", "return TokenDist(lambda: self._raw, self.tokens, temperature)",
+           "return self", "test_loss.py test_methods.py"),
+    Mutant("head_gradient_of_one_chunk", "loss/chunked.py", "grads.weight.addmm_(grad_nV.t(), h32)",
+           "grads.weight.copy_(grad_nV.t() @ h32)", "test_methods.py"),
+    Mutant("window_one_too_wide", "score/attention.py", "return seen if window is None else seen & (q - k < window)",
+           "return seen if window is None else seen & (q - k <= window)", "test_score.py"),
+    Mutant("student_left_in_eval_mode", "score/backbone.py",
+           "            for module in training:\n                module.training = True", "            pass", "test_score.py"),
+    Mutant("same_random_numbers_for_siblings", "rollout/engine.py", "{request.problem.id}/{sample}", "{request.problem.id}",
+           "test_rollout.py"),
+    Mutant("log_prob_before_temperature", "rollout/transformers_engine.py", "token, logp = draw(scaled, uniform)",
+           "token, logp = draw(scaled, uniform); logp = torch.log_softmax(logits, -1).gather(1, token[:, None])[:, 0]",
+           "test_rollout.py"),
+    Mutant("snapshot_before_the_step", "optim/teachers.py", "if (step + 1) // int(key[1]) > last // int(key[1]):",
+           "if step // int(key[1]) > last // int(key[1]):", "test_optim.py"),
+    Mutant("inverted_ema_rate", "optim/teachers.py", "average[name].lerp_(live[name].to(average[name].dtype), key[1])",
+           "average[name].lerp_(live[name].to(average[name].dtype), 1 - key[1])", "test_optim.py"),
+    Mutant("biased_pass_at_k", "eval/measures.py", "return (ways - math.comb(n - c, k)) / ways", "return 1 - ((n - c) / n) ** k",
+           "test_eval.py"),
+]
+
+
+def caught(mutant: Mutant, folder: Path) -> bool:
+    """Do the tests fail with this fault planted in the copy?"""
+    path = folder / "selftaught" / mutant.file
+    source = path.read_text(encoding="utf-8")
+    if source.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant.name}: {mutant.file} holds the text to change {source.count(mutant.old)} times, not once")
+    path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                   *(str(ROOT / "tests" / test) for test in mutant.tests.split())]
+        # The copy comes first on the path, so that it and not the installed package is tested.
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True,
+                              text=True, check=False)
+    finally:
+        path.write_text(source, encoding="utf-8")
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{mutant.name}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 1
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
+    missed = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        shutil.copytree(ROOT / "src" / "selftaught", folder / "selftaught")
+        for mutant in chosen:
+            began = time.monotonic()
+            found = caught(mutant, folder)
+            print(f"{'caught' if found else 'MISSED'}  {mutant.name}  ({time.monotonic() - began:.0f} s)", flush=True)
+            if not found:
+                missed.append(mutant.name)
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} faults were caught")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
