@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import yaml
+
 from tiny import save_tiny
 
 REWARD = '''\
@@ -72,11 +73,12 @@ def forked(action: Callable[[], int], log: Path) -> int:
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            with open(1, "w", buffering=1, closefd=False) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                try:
-                    code = action()
-                except BaseException:
-                    traceback.print_exc()
+            sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+            try:
+                code = action()
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

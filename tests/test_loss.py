@@ -23,7 +23,7 @@ from selftaught.loss import (
     token_weights,
 )
 from selftaught.records import Credit, TokenLoss
-from selftaught.vocabulary import Head, TokenDist, as_head, chunk_size, project, sampled_log_probs
+from selftaught.vocabulary import CHUNK_ELEMENTS, Head, TokenDist, as_head, chunk_size, project, sampled_log_probs
 
 INF = math.inf
 
@@ -259,7 +259,7 @@ def test_a_head_scales_then_caps() -> None:
 
 def test_the_chunk_is_a_function_of_the_vocabulary_and_bounded() -> None:
     assert chunk_size(50) == 1024 and chunk_size(10**9) == 16
-    assert chunk_size(151_936) * 151_936 <= 2**24 < (chunk_size(151_936) + 1) * 151_936
+    assert chunk_size(151_936) * 151_936 <= CHUNK_ELEMENTS < (chunk_size(151_936) + 1) * 151_936
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4])

@@ -64,7 +64,7 @@ def test_every_method_that_ships_is_in_the_table() -> None:
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 V, H = 37, 8
-LENGTHS = (3, 1, 5, 2, 4, 1, 7, 2, 6, 3, 1, 2, 8)
+LENGTHS = (6, 1, 5, 2, 4, 1, 7, 2, 6, 3, 5, 6, 3)
 GROUPS = (40, 40, 40, 40, 7, 7, 7, 7, 21, 21, 21, 21, 3)  # the second group is all equal, the last rollout is alone
 REWARDS = (1.0, 0.0, 0.0, 0.25, 0.5, 0.5, 0.5, 0.5, 0.0, math.nan, 1.0, 1.0, 1.0)
 DEAD = {7, 3}
@@ -96,7 +96,7 @@ KINDS = {
     "on_policy": Kind(),
     "on_policy_other_sampler": Kind(sampler=True, reduction={"reduction": "constant", "length": 9}),
     "off_policy": Kind(old=True, reduction={"reduction": "sequence_mean"}),
-    "loud": Kind(std=30.0, reduction={"reduction": "sequence_mean"}),
+    "loud": Kind(std=30.0),
     "loud_off_policy_other_sampler": Kind(std=30.0, old=True, sampler=True),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
@@ -120,15 +120,16 @@ def make_case(pair: tuple[Row, Mapping[str, Any]], kind: Kind, *, seed: int = 0,
     hidden = {"student": normal(n, H, std=kind.std / 0.7)}
     heads = {"student": Head(normal(V, H, std=H**-0.5), normal(V, std=0.3), scale=0.7, softcap=cap)}
     for view in build(pair[0].name, **pair[1]).views:
-        hidden[view] = hidden["student"] + normal(n, H, std=0.5 * kind.std**0.3)
+        hidden[view] = hidden["student"] + normal(n, H, std=0.5 * kind.std**0.5)
         heads[view] = Head(heads["student"].weight + normal(V, H, std=0.02), normal(V, std=0.3), scale=0.8, softcap=cap)
     logits = project(hidden["student"], heads["student"])
     likely = torch.multinomial(logits.softmax(-1), 1).squeeze(1)
     tokens = torch.where(torch.rand(n) < 0.7, likely, torch.randint(0, V - 5, (n,)).clamp(max=V - 6)).clamp(max=V - 6)
     logp = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-    old = logp + normal(n, std=0.6)
+    old = logp + normal(n, std=0.5)
+    old[::4] -= 1.5  # ratios beyond every clip
     mask = torch.rand(n) > 0.15
-    mask[ids == 4] = False
+    mask[ids == 4] = False  # a whole rollout
     batch = TokenBatch(
         tokens=tokens, sequence_ids=ids, reward=torch.tensor(REWARDS, dtype=torch.float64)[order],
         group=torch.tensor(GROUPS)[order], logp_old=old if kind.old else None, privileged=torch.rand(13) > 0.25,
@@ -386,6 +387,7 @@ def test_rlsd_token_by_token_in_plain_floats(kind: Kind) -> None:
     out = objective("rlsd", batch, logits, sampler_cap=None)
     student, teacher = (logits[view].log_softmax(-1) for view in ("student", "teacher"))
     lam = 0.5 * (1 - 7 / 50)
+    bounds = set()
     for n, y in enumerate(batch.tokens.tolist()):
         b = int(batch.sequence_ids[n])
         siblings = [r for r, g in zip(batch.reward.tolist(), batch.group.tolist(), strict=True)
@@ -402,8 +404,11 @@ def test_rlsd_token_by_token_in_plain_floats(kind: Kind) -> None:
         rho, a = math.exp(min(20.0, max(-20.0, logp - old))), advantage * w
         value = min(rho * a, min(1.28, max(0.8, rho)) * a)
         value = max(value, 3 * a) if a < 0 else value
+        bounds |= {bound for bound, on in {"high": a > 0 and rho > 1.28, "low": a < 0 and rho < 0.8,
+                                           "dual": a < 0 and rho > 3}.items() if on}
         assert float(out.token_loss[n]) == pytest.approx(-value, rel=1e-10, abs=1e-12)
         assert float(out.credit["weight"][n]) == pytest.approx(w, rel=1e-12)
+    assert bounds == ({"high", "low", "dual"} if kind.old else set())  # the case meets every one of them
 
 
 # --- law 5: fast equals dense -----------------------------------------------------------------------------------------

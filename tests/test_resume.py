@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from own import cli, command, forked, lines, make_home, recipe_of, without_clocks, write_recipe
 from safetensors.torch import load_file
+
+from own import cli, command, forked, lines, make_home, recipe_of, without_clocks, write_recipe
 
 STEPS = 6
 TEACHERS: dict[str, dict[str, Any]] = {

@@ -74,7 +74,8 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
                         f"{len(dataset.train)} training problems; lower it or raise data.train")
     if run.privilege is not None:
         privilege.check(run.privilege, problems)
-    check_context(run, tokenizer, renderer, problems)
+    privileged = any(view.context == "privileged" for view in method.views.values())
+    check_context(run, tokenizer, renderer, dataset, privileged)
     rewarder = None
     if run.reward is not None:
         reward.check(run.reward, problems, functions)
@@ -82,23 +83,38 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     return Ground(run, method, tokenizer, dataset, renderer, rewarder)
 
 
-def check_context(run: Run, tokenizer: Any, renderer: Renderer, problems: Sequence[Problem]) -> None:
-    """Refuse a context or a token budget that is too short for the longest prompt and one response."""
+def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset, privileged: bool) -> None:
+    """Refuse a context or a token budget that is too short for the longest prompt and one response.
+
+    The longest privileged prompt counts too, where the method's teacher reads one: as far as it is known beforehand.
+    """
     from transformers import AutoConfig
 
     from selftaught.score.hub import resolve
 
+    problems = [*dataset.train, *dataset.heldout]
     config = AutoConfig.from_pretrained(resolve(run.model)).get_text_config()
-    longest = max(len(renderer.prompt(problem).token_ids) for problem in problems)
-    need = longest + run.rollout.max_completion_length
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and need > limit:
-        raise UserError(f"rollout.max_completion_length = {run.rollout.max_completion_length}: with the longest prompt "
-                        f"of {longest} tokens that is {need}, and the model's context has {limit}; lower it, or set "
-                        "data.max_prompt_length with data.on_overflow=drop")
-    if need > run.optim.token_budget:
-        raise UserError(f"optim.token_budget = {run.optim.token_budget}: the longest prompt ({longest} tokens) and one "
-                        f"response ({run.rollout.max_completion_length}) need {need}; raise it to at least that")
+    written = run.rollout.max_completion_length
+    longest = {"prompt": max(len(renderer.prompt(problem).token_ids) for problem in problems)}
+    shorten = {"prompt": "set data.max_prompt_length with data.on_overflow=drop"}
+    if privileged and run.privilege is not None:
+        given = privilege.for_problems(privilege.control(run.privilege, "right"), problems, dataset.train, renderer,
+                                       seed=run.seed, step=0)
+        longest["privileged prompt"] = max((len(c.prompt.token_ids) for c in given if c is not None), default=0)
+        shorten["privileged prompt"] = "set privilege.max_prompt_length or privilege.max_tokens"
+    for what, size in longest.items():
+        need = size + written
+        if limit is not None and need > limit:
+            raise UserError(f"rollout.max_completion_length = {written}: with the longest {what} of {size} tokens that "
+                            f"is {need}, and the model's context has {limit}; lower it, or {shorten[what]}")
+        if need > run.optim.token_budget:
+            raise UserError(f"optim.token_budget = {run.optim.token_budget}: the longest {what} ({size} tokens) and "
+                            f"one response ({written}) need {need}; raise it to at least that")
+    evaluated = run.eval.max_completion_length
+    if limit is not None and evaluated is not None and longest["prompt"] + evaluated > limit:
+        raise UserError(f"eval.max_completion_length = {evaluated}: with the longest prompt of {longest['prompt']} "
+                        f"tokens it is over the model's context of {limit}; lower it to {limit - longest['prompt']}")
 
 
 def device_of(run: Run) -> str:

@@ -23,7 +23,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for exam
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run and the forecast")] = False,
-          resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint")] = False) -> None:
+          resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint")] = False
+          ) -> None:
     """Train by a recipe."""
     from selftaught.run import load_run
 
@@ -64,7 +65,8 @@ def evaluate(model: Annotated[str | None, typer.Argument(help="a run's folder, a
         from selftaught.evaluate import evaluate_model
 
         if recipe is not None and "=" in recipe:  # `eval RUN key=value`: by the run's own recipe
-            recipe, overrides = None, [recipe, *(overrides or [])]
+            overrides = [recipe, *(overrides or [])]
+            recipe = None
         ladder = [] if ks is None else [f"eval.k={list(ks)}", f"eval.best=pass@{ks[0]}"]
         found = evaluate_model(model, recipe, [*(overrides or []), *ladder], _say)
     _measures(found)
@@ -91,7 +93,7 @@ def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="one method: its equations, fields and source")] = None) -> None:
+def methods(name: Annotated[str | None, typer.Argument(help="a method: equations, fields, source")] = None) -> None:
     """The methods, or one method's equations and where they come from."""
     import inspect
 

@@ -95,8 +95,8 @@ def rewards(ground: Ground) -> list[Line]:
         elif name != "right" and best is not None and verdict.score >= best:
             change = ", no less than a right one: look at `reward`, unless it does not judge answers"
         score = "no score" if verdict.score is None else f"score {verdict.score:g}"
-        out.append(Line(not change, f"reward of {'an' if name == 'empty' else 'a'} {name} answer {tried[name]!r}: {score}, "
-                                    f"{verdict.status}{change}"))
+        a = "an" if name == "empty" else "a"
+        out.append(Line(not change, f"reward of {a} {name} answer {tried[name]!r}: {score}, {verdict.status}{change}"))
     return out
 
 
@@ -129,6 +129,7 @@ def trial(ground: Ground, parts: Parts) -> list[Line]:
     batch = make_batch(rollouts, verdicts, [None] * len(rollouts), 0, parts.backbone.device)
     began = time.monotonic()
     logp = parts.scorer.sampled(ground.method.scores | {"student"}, batch)
+    assert batch.tokens.logp_sampler is not None
     gap = (logp["student"] - batch.tokens.logp_sampler).abs()
     unmasked = replace(batch.tokens, privileged=None)
     credit, weight, _ = batch_credit(ground.method, unmasked, logp, reduction=run.loss.reduction,

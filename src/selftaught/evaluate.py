@@ -113,9 +113,9 @@ def measure_file(path: Path, ks: Sequence[int] | None, warn: Say) -> dict[str, A
 
     Without `ks`, those of one sample and of all samples.
     """
-    rows = read_rows(path, warn)
-    arms = {row["arm"] for row in rows}
-    rows = select(rows, arm=arms.pop()) if len(arms) == 1 else select(rows)
+    saved = read_rows(path, warn)
+    arms = {row["arm"] for row in saved}
+    rows = select(saved, arm=arms.pop()) if len(arms) == 1 else select(saved)
     if ks is None:
         ks = sorted({1, max(Counter(row["problem"] for row in rows).values(), default=1)})
     return summarise(rows, ks)

@@ -93,8 +93,8 @@ class Run(Section):
             raise UserError("reward: nothing can be measured on held-out problems without one; "
                             "add `reward: NAME` or set data.heldout=0")
         if "group" in method.needs and self.rollout.num_generations < 2:
-            raise UserError(f"rollout.num_generations = {self.rollout.num_generations}: method {method.name!r} compares "
-                            "the rollouts of a group and needs at least 2")
+            raise UserError(f"rollout.num_generations = {self.rollout.num_generations}: method {method.name!r} "
+                            "compares the rollouts of a group and needs at least 2")
         truncated = self.rollout.top_p < 1 or self.rollout.top_k is not None
         if truncated and not self.rollout.allow_truncated_support:
             raise UserError("rollout.top_p, rollout.top_k: the sampler would draw from fewer tokens than the scorer "

@@ -140,8 +140,8 @@ class Session:
         if held := parts.teachers.state_tensors():
             tensors["teachers"] = held
         best = self.better or self.best
-        state = {"optimizer": parts.optimizer.state(), "teachers": parts.teachers.state(), "cursor": parts.cursor.state(),
-                 "health": self.health.state(), "best": best, "seconds": self.seconds}
+        state = {"optimizer": parts.optimizer.state(), "teachers": parts.teachers.state(),
+                 "cursor": parts.cursor.state(), "health": self.health.state(), "best": best, "seconds": self.seconds}
         self.checkpoints.protect(None if best is None else best[0])
         if self.checkpoints.save(self.done, tensors, state) is not None:
             self.saved, self.best = self.done, best

@@ -27,7 +27,7 @@ from selftaught.session import Interrupts, Place, Session, refuse_gap
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that has ended: its folder, results.json (empty where nothing was held out), and the signal that ended it."""
+    """A run that has ended: its folder, results.json (empty where nothing was held out), the signal that ended it."""
 
     run: Run
     folder: Path
@@ -68,8 +68,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Run | None = None, *, resume:
         if place.start is not None:
             session.restore(place.start)
         interrupts = stack.enter_context(Interrupts())
-        stack.enter_context(progress)
-        loop(session, interrupts)
+        with progress:
+            loop(session, interrupts)
         if interrupts.caught is not None:
             progress.say(session.farewell())
             return Finished(run, place.folder.path, {}, interrupts.caught)
@@ -84,7 +84,7 @@ def loop(session: Session, interrupts: Interrupts) -> None:
     while session.done < run.optim.steps and interrupts.caught is None:
         metrics = step(session)
         session.done += 1
-        if run.eval.every and session.done % run.eval.every == 0 or session.done == run.optim.steps:
+        if (run.eval.every and session.done % run.eval.every == 0) or session.done == run.optim.steps:
             metrics |= session.evaluate()
         session.record(metrics)
         if session.save_is_due():
@@ -122,7 +122,6 @@ def step(session: Session) -> dict[str, float]:
     metrics["time/score"] = session.clock("scoring", scored)
 
     updated = time.monotonic()
-    parts.optimizer.zero_grad()
     loss, found = 0.0, []
     for micro in scorer.split(batch):
         rows = micro.tokens
@@ -136,6 +135,7 @@ def step(session: Session) -> dict[str, float]:
     metrics |= {"loss": loss} | token_metrics(batch, credit, found)
     refuse_gap(metrics, run.rollout.max_logp_gap)
     metrics |= parts.optimizer.step(number)                                                     # clip, AdamW
+    parts.optimizer.zero_grad()                                                                 # frees it for sampling
     parts.teachers.update(number, skipped=bool(metrics["skipped"]))
     engine.sync(parts.backbone.model.named_parameters(), number + 1)
     metrics["time/update"] = session.clock("updating", updated)

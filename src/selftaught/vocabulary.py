@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selftaught.tensors import product, upcast
 
-CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
+CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in float32
 
 
 @dataclass(frozen=True)

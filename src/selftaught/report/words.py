@@ -99,7 +99,8 @@ def result_table(results: Mapping[str, Any]) -> list[str]:
     rows = [("held-out", "before", "after", "paired difference"), *rows]
     controls = [(f"{headline(results)} of controls", ""), *control_rows(results)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = ["  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows]
+    padded = [[f"{cell:{width}}" for cell, width in zip(row, (*widths, 0), strict=True)] for row in rows]
+    lines = ["  ".join(row) for row in padded]
     if len(controls) > 1:
         widest = max(widths[0], *(len(label) for label, _ in controls))
         lines += ["", *(f"{label:{widest}}  {value}" for label, value in controls)]

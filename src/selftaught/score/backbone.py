@@ -66,9 +66,10 @@ class Backbone:
 
     def head(self, weights: Named | None = None) -> Head:
         """The vocabulary head under the model's own weights or the given ones."""
-        weight, bias = self._head
-        held = {**dict(self.model.named_parameters()), **(weights or {})}  # a teacher holds what is trained alone
-        return Head(held[weight], None if bias is None else held[bias], self._scale, self._softcap)
+        (weight, bias), own, held = self._head, self.model.get_output_embeddings(), weights or {}
+        # A teacher holds what is trained alone: the student's own stands in for the rest.
+        return Head(held.get(weight, own.weight), None if bias is None else held.get(bias, own.bias),
+                    self._scale, self._softcap)
 
     def logits(self, hidden_nH: Tensor) -> Tensor:
         """(n, V) in float32, under the model's own weights."""
