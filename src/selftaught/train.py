@@ -50,7 +50,10 @@ def train(recipe: str | Path | Mapping[str, Any] | Run | None = None, *, resume:
     reward, functions = from_callables(sections.pop("reward", None))
     if reward is not None:
         sections["reward"] = reward
-    run = load_run(recipe.resolved() if isinstance(recipe, Run) else recipe or {}, overrides, sections)
+    if isinstance(recipe, Run) and not overrides and not sections:
+        run = recipe  # as it is: what its recipe left unsaid must stay unsaid (an absent tracker is then no error)
+    else:
+        run = load_run(recipe.resolved() if isinstance(recipe, Run) else recipe or {}, overrides, sections)
     with ExitStack() as stack:
         progress = Progress(run.optim.steps, console)
         place = Place.take(run, resume, progress)
