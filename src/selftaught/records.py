@@ -169,7 +169,8 @@ class Batch:
     responses: tuple[tuple[int, ...], ...]
 
 
-Credit: TypeAlias = "Mapping[str, Tensor]"  # per-token constants (N,): always `counted`; `logp_old`, `advantage`, ... by method
+# Per-token constants (N,): always `counted`; `logp_old`, `advantage`, ... by method.
+Credit: TypeAlias = "Mapping[str, Tensor]"
 
 
 @dataclass(frozen=True)

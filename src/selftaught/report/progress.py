@@ -70,7 +70,7 @@ class Progress:
         self._print(f"warning: {text}", style="yellow")
 
     def seconds_left(self) -> float | None:
-        """By the mean pace since this process's first step, evaluations included; right after it, by its `step_time`."""
+        """By the mean pace since this process's first step, evaluations included; right after it, by `step_time`."""
         if self._first is None:
             return None
         step, when = self._first

@@ -100,7 +100,7 @@ class RewardConfig(Section):
         1024, ge=1, description="Address space that a worker may take beyond its start; null: no limit."
     )
     workers: int = Field(2, ge=1, description="Worker processes, each verifying one completion at a time.")
-    shuffle: bool = Field(False, description="A control: deal a step's scores out anew at random; nothing may be learned.")
+    shuffle: bool = Field(False, description="A control: deal each step's scores out anew; nothing may be learned.")
 
     @model_validator(mode="before")
     @classmethod
