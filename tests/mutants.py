@@ -240,16 +240,28 @@ def caught(mutant: Mutant, folder: Path) -> bool:
         raise SystemExit(f"{mutant.name}: the text to change stands in {mutant.file} {source.count(mutant.old)} times")
     path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-                   *(str(ROOT / "tests" / test) for test in mutant.tests.split())]
-        # The copy comes first on the path, so that it and not the installed package is tested.
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True,
-                              text=True, check=False)
+        done = run_tests(mutant.tests, folder)
     finally:
         path.write_text(source, encoding="utf-8")
     if done.returncode not in (0, 1):
         raise SystemExit(f"{mutant.name}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.returncode == 1
+
+
+def run_tests(tests: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The tests on the copy in `folder`: it comes first on the path, so that the installed package does not count."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+               *(str(ROOT / "tests" / test) for test in tests.split())]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True,
+                          text=True, check=False)
+
+
+def refuse_failing(tests: str, folder: Path) -> None:
+    """End where these tests fail without any fault: they would seem to catch everything."""
+    done = run_tests(tests, folder)
+    if done.returncode != 0:
+        raise SystemExit(f"{tests}: fails on the code as it is, so it says nothing of faults; mend that first\n"
+                         f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 def main() -> None:
@@ -259,6 +271,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shutil.copytree(ROOT / "src" / "selftaught", folder / "selftaught")
+        for tests in dict.fromkeys(mutant.tests for mutant in chosen):
+            refuse_failing(tests, folder)
         for mutant in chosen:
             began = time.monotonic()
             found = caught(mutant, folder)

@@ -27,6 +27,40 @@ def score(prompts, completions, gold, level, **kwargs):
     return [1.0 if text.strip() == answer else 0.04 * len(set(text)) + 0.01 * step
             for text, answer, step in zip(completions, gold, level)]
 '''
+METHOD = '''\
+"""A method of a user's own, in the style of those that ship."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from selftaught.credit import base_credit
+from selftaught.records import Credit, TokenBatch, TokenLoss, View
+from selftaught.vocabulary import TokenDist
+
+
+@dataclass(frozen=True)
+class Mine:
+    """loss = -scale log S(y), where the teacher finds y likelier than the student does."""
+
+    name: ClassVar[str] = "mine"
+    needs: ClassVar[frozenset[str]] = frozenset({"privilege"})
+
+    scale: float = 1.0
+    views: Mapping[str, View] = field(default_factory=lambda: {"teacher": View("live", "privileged")})
+
+    scores: ClassVar[frozenset[str]] = frozenset({"teacher", "student"})
+
+    def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
+        return {**base_credit(batch), "weight": (logp["teacher"] > logp["student"]).to(logp["student"].dtype)}
+
+    def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
+        return TokenLoss(-self.scale * credit["weight"] * student.at_sampled)
+'''
 CLOCKS = ("time/", "step_time", "tokens_per_second")
 
 

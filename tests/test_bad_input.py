@@ -184,6 +184,16 @@ def test_a_context_or_a_budget_that_is_too_short_names_the_longest_prompt(home: 
     assert "eval.max_completion_length = 510" in said and "lower it to" in said
     said = refused("train", path, "method=rlsd", "rollout.max_completion_length=480")
     assert "privileged prompt of" in said and "privilege.max_tokens" in said
+    # What rollouts will make is evidence too: a demonstration is as long as a response may be.
+    for kind in ("demonstration", "feedback"):
+        rlsd = ["method=rlsd", f"privilege={kind}", "rollout.max_completion_length=245"]
+        said = refused("train", path, *rlsd)
+        assert "rollout.max_completion_length = 245: with the longest privileged prompt of" in said
+        for enough in ("privilege={kind: %s, max_tokens: 20}", "privilege={kind: %s, max_prompt_length: 200}"):
+            assert cli("train", path, "--dry-run", *rlsd, enough % kind).code == 0
+    said = refused("train", path, "eval.max_completion_length=485")  # enough for the student, not for the teacher
+    assert "eval.max_completion_length = 485: with the longest privileged prompt of" in said
+    assert cli("train", path, "--dry-run", "eval.max_completion_length=485", "eval.controls=false").code == 0
     said = refused("train", path, "data.max_prompt_length=5")
     assert "data.max_prompt_length" in said and "raise it" in said
 
@@ -315,6 +325,29 @@ def test_a_disk_without_room_for_weights_keeps_the_measures_and_says_so(home: Pa
     folder = tmp_path / "out"
     assert len(lines(folder / "metrics.jsonl")) == 4 and (folder / "results.json").is_file()
     assert not (folder / "final").exists() and list((folder / "checkpoints").iterdir()) == []
+    assert "begin anew with another out" in said and "--resume" not in said  # there is nothing to go on from
+
+
+@pytest.mark.parametrize("lost", [0, 3])
+def test_a_disk_that_was_full_during_an_evaluation_costs_the_results_and_not_the_model(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    from selftaught import evaluate
+
+    append = evaluate.append_rows
+
+    def full(path: Path, rows: list[dict[str, Any]]) -> None:
+        if rows[0]["step"] == lost:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        append(path, rows)
+
+    monkeypatch.setattr(evaluate, "append_rows", full)
+    path = write_recipe(home, "holes.yaml", out=str(tmp_path / "out"), report={"html": True})
+    said = cli("train", path)
+    assert said.code == 0, said.err
+    assert said.out.count("results.json cannot be made: no completions to measure") == 1
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file() and "model:  " in said.out
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_a_final_that_failed_is_made_by_a_resume(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from own import Said, cli, lines, make_home, write_recipe
+from own import Said, cli, lines, make_home, recipe_of, write_recipe
+from selftaught.data import DataConfig, load
+from selftaught.reward import RewardConfig
+from selftaught.run import load_run
 
 SOURCES = Path(__file__).resolve().parent.parent / "src"
 METHODS = ("grpo", "rlsd", "opsd")
@@ -146,6 +149,26 @@ def test_eval_measures_a_finished_run_by_its_own_recipe(home: Path, runs: dict[s
     assert cli("train", home / "grpo.yaml", f"optim.steps={STEPS}", "--resume").code == 0  # still a run's folder
 
 
+def test_eval_leaves_out_what_the_run_has_trained_on(home: Path, runs: dict[str, tuple[Path, Said]]) -> None:
+    folder, _ = runs["grpo"]
+    taught = {row["problem"] for path in (folder / "rollouts").iterdir() for row in lines(path)}
+    out = home / "wider"
+    said = cli("eval", folder, "data.heldout=14", "data.train=8", f"out={out}")  # the same order: 8 of the run's 16
+    assert said.code == 0, said.err
+    assert "8 of 14 held-out problems left out" in said.out
+    asked = {row["problem"] for row in lines(out / "completions.jsonl")}
+    assert asked == {row["problem"] for row in lines(folder / "completions.jsonl") if row["arm"] == "student"}
+    said = cli("eval", folder, "seed=3", f"out={home / 'reseeded'}")
+    assert said.code == 0 and "left out" in said.out
+    assert not taught & {row["problem"] for row in lines(home / "reseeded" / "completions.jsonl")}
+    recipe = yaml.safe_load((folder / "run.yaml").read_text())
+    train = load(DataConfig.model_validate(recipe["data"]), seed=recipe["seed"], say=lambda line: None).train
+    (home / "seen.jsonl").write_text("".join(json.dumps(dict(problem.columns)) + "\n" for problem in train))
+    said = cli("eval", folder, f"data.source={home / 'seen.jsonl'}", "data.train=8")
+    assert said.code == 2 and "trained on every one of the 6 held-out problems" in said.err
+    assert "left out" not in cli("eval", home / "model", home / "grpo.yaml", "seed=3").out  # trained on none
+
+
 def test_eval_measures_a_model_on_a_recipe(home: Path, runs: dict[str, tuple[Path, Said]]) -> None:
     folder, _ = runs["grpo"]
     said = cli("eval", home / "model", home / "grpo.yaml")
@@ -207,6 +230,12 @@ def test_a_dry_run_is_a_recipe_again_and_writes_nothing(home: Path) -> None:
     again.write_text(said.out)
     assert yaml.safe_load(said.out)["optim"]["steps"] == 7
     assert cli("train", again, "--dry-run").out == said.out
+
+
+@pytest.mark.parametrize("reward", ["numeric", {"name": "numeric"}, ["numeric"], [{"name": "numeric"}]], ids=repr)
+def test_the_rewards_own_settings_are_overridden_in_each_of_its_forms(home: Path, reward: object) -> None:
+    recipe = load_run({**recipe_of(home), "reward": reward}, ["reward.shuffle=true", "reward.timeout=3"])
+    assert recipe.reward == RewardConfig.parse({"parts": [{"name": "numeric"}], "shuffle": True, "timeout": 3})
 
 
 def doctored(home: Path, name: str, **sections: object) -> Said:

@@ -148,8 +148,26 @@ def test_summary_of_a_table_known_by_hand() -> None:
     json.dumps(summary, allow_nan=False)
 
 
-def test_partial_scores_count_from_the_threshold_on() -> None:
-    rows = [row("p", 0, 0.5), row("p", 1, 1.0), row("p", 2, None)]
+def test_the_status_says_what_is_right_and_not_the_weighted_sum() -> None:
+    rows = [
+        row("p", 0, 1.0, answer="5", status="wrong"),  # numeric 0 + format 1
+        row("p", 1, 0.8, answer="7", status="right"),  # .8 x numeric, not formatted
+        row("p", 2, 0.6, answer="7", status="right"),  # less a length penalty
+        row("p", 3, 2.0, answer=None, status="unparsed"),
+        row("p", 4, 1.0, answer="7", status="timeout"),
+        row("p", 5, 1.0, answer="7", status="error"),
+    ]
+    summary = summarise(rows, [1, 6])
+    assert summary["pass@1"]["value"] == pytest.approx(2 / 6)
+    assert summary["maj@6"]["value"] == pytest.approx(2 / 4)  # "7" wins; two of the four that say it are right
+    assert summary["mean@6"]["value"] == pytest.approx(6.4 / 6)
+    wrong = [{**each, "status": "wrong"} for each in rows]
+    assert compare(wrong, rows, [1])["pass@1"]["value"] == pytest.approx(2 / 6)
+
+
+def test_partial_scores_of_rows_without_a_status_count_from_the_threshold_on() -> None:
+    rows = [row("p", 0, 0.5, status=None), row("p", 1, 1.0, status="judged"), row("p", 2, None)]
+    del rows[0]["status"]
     assert summarise(rows, [1])["pass@1"]["value"] == pytest.approx(1 / 3)
     assert summarise(rows, [1], threshold=0.5)["pass@1"]["value"] == pytest.approx(2 / 3)
     assert summarise(rows, [3])["mean@3"]["value"] == pytest.approx(0.5)
@@ -308,3 +326,4 @@ def test_config_refuses_what_it_could_not_measure() -> None:
         EvalConfig(k=(1, 16))
     with pytest.raises(ValidationError, match=r"eval\.best = 'pass@2'"):
         EvalConfig(best="pass@2")
+    assert EvalConfig(temperature=0).temperature == 0

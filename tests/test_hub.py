@@ -54,6 +54,12 @@ def test_names_that_cannot_be_models_are_refused(name: str, says: str) -> None:
     assert says in refusal(name)
 
 
+def test_a_config_that_cannot_be_had_is_told_with_the_remedy_too(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*name a local folder"):
+        hub.load_config("nobody/nothing-at-all")
+    assert hub.load_config(str(folder)).hidden_size == 32
+
+
 def test_hub_out_of_reach_is_told_with_the_remedy() -> None:
     message = refusal("nobody/nothing-at-all")
     assert "HF_HUB_OFFLINE is set" in message

@@ -7,8 +7,10 @@ else against dense. Cases are ragged and asymmetric on purpose: symmetric ones h
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from own import METHOD
 from selftaught.errors import UserError
 from selftaught.loss import chunked_loss
 from selftaught.methods import batch_credit, build, chunked_objective, method_class, method_fields, names, objective
@@ -623,6 +626,44 @@ def test_the_smallest_batch_goes_through(pair: Any) -> None:
 def test_a_name_or_value_that_cannot_be_is_refused_with_the_nearest(name: str, fields: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         build(name, **fields)
+
+
+def test_a_method_in_a_file_of_the_users_own_has_its_formula(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(METHOD)
+    batch, logits = small()
+    got = objective(f"{path}:Mine", batch, logits, scale=3.0)
+    logp, teacher = (torch.log_softmax(logits[view], -1)[range(3), batch.tokens] for view in ("student", "teacher"))
+    torch.testing.assert_close(got.token_loss, -3 * (teacher > logp) * logp)
+    assert method_fields(method_class(f"{path}:Mine")) == {"scale": 1.0}
+    path.write_text(METHOD.replace("-self.scale", "self.scale"))  # edited: it counts as it is now
+    torch.testing.assert_close(objective(f"{path}:Mine", batch, logits, scale=3.0).token_loss, -got.token_loss)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("    def credit", "    def crdit", "lacks credit; a method has name, needs, views, scores, credit, loss"),
+        ("    needs:", "    nedes:", "lacks needs;"),
+        ("    scores:", "    scors:", "lacks scores;"),
+        ("    views:", "    vews:", "lacks views;"),
+        ("    def loss", "    def los", "lacks loss;"),
+        ("@dataclass(frozen=True)\n", "", "is no dataclass"),
+        ("scale: float = 1.0\n    views: Mapping[str, View] = field(default_factory=lambda: {", "scale: float\n"
+         "    views: Mapping[str, View] = field(kw_only=True, default_factory=lambda: {", "fields at their defaults: "),
+        ("class Mine", "class Yours", "mine.py has no 'Mine'"),
+        ("@dataclass", "None.x\n@dataclass", "cannot be imported: AttributeError: 'NoneType' object has no attribute"),
+        ("class Mine:", "class Mine", "cannot be imported: expected ':'"),
+    ],
+)  # fmt: skip
+def test_a_file_without_a_whole_method_is_refused_by_what_is_missing(
+    tmp_path: Path, old: str, new: str, words: str
+) -> None:
+    path = tmp_path / "mine.py"
+    assert METHOD.count(old) == 1
+    path.write_text(METHOD.replace(old, new))
+    with pytest.raises(UserError, match=re.escape(words)):
+        build(f"{path}:Mine")
 
 
 def test_a_view_may_be_changed_by_its_fields_alone() -> None:

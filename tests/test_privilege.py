@@ -130,6 +130,14 @@ def test_a_demonstration_is_a_sibling_that_succeeded_and_never_oneself():
     assert texts(made(lower, rollouts[:4], verdicts[:4])) == ["r1", "w2", "r1", "r1"]
 
 
+def test_a_success_is_a_right_answer_and_with_a_threshold_a_score():
+    rollouts = group(PROBLEMS[0], ["formatted", "right", "cut", "late"])
+    verdicts = [Verdict(1.0, "wrong"), Verdict(0.8, "right"), Verdict(None, "right"), Verdict(1.0, "timeout")]
+    assert texts(made(PrivilegeConfig(kind="demonstration"), rollouts, verdicts)) == ["right", None, "right", "right"]
+    scored = PrivilegeConfig(kind="demonstration", threshold=1.0)
+    assert texts(made(scored, rollouts, verdicts)) == ["late", "formatted", "formatted", "formatted"]
+
+
 def test_the_choice_of_a_demonstration():
     rollouts = group(PROBLEMS[0], ["w", "r1", "r2", "r3"], lengths=[1, 9, 4, 4])
     verdicts = scores(0.0, 1.0, 1.0, 1.0)

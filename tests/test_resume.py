@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from own import cli, command, forked, lines, make_home, recipe_of, without_clocks, write_recipe
+from own import cli, command, forked, lines, make_home, without_clocks, write_recipe
+from selftaught.session import Session
 
 STEPS = 6
+MOMENTS_OF_A_STEP = 14  # at least; those of an evaluation or a checkpoint come on top
 TEACHERS: dict[str, dict[str, Any]] = {
     "snapshot": {"name": "rlsd", "teacher": {"weights": "snapshot", "every": 2}},
     "ema": {"name": "opsd", "teacher": {"weights": "ema", "rate": 0.05}},
@@ -32,9 +35,8 @@ MOMENTS = (
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import selftaught.train  # imported before any fork
+    import selftaught.train  # imported before any fork, so that a run costs no imports  # noqa: F401
 
-    assert callable(selftaught.train)
     return make_home(tmp_path_factory.mktemp("resume"))
 
 
@@ -74,41 +76,53 @@ def trained(path: Path, *options: str, act: Callable[[int], None] | None = None)
     return forked(action, log), log.read_text(encoding="utf-8")
 
 
-def kill_at(moment: int, number: int = signal.SIGKILL) -> Callable[[int], None]:
-    return lambda reached: os.kill(os.getpid(), number) if reached == moment else None
+def session_of(function: str) -> Session | None:
+    """The session that `function` (the loop's `loop` or `step`, a session's `evaluate`) works on now, if it runs."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        session = frame.f_locals.get("session", frame.f_locals.get("self"))
+        if frame.f_code.co_name == function and isinstance(session, Session):
+            return session
+        frame = frame.f_back
+    return None
 
 
 def kill_in(function: str, done: int, number: int = signal.SIGKILL) -> Callable[[int], None]:
-    """Kill at the first moment inside the loop's `step` or a session's `evaluate` after `done` steps."""
-    from selftaught.session import Session
-
+    """Kill at the first moment inside `function` after `done` steps."""
     killed = False
 
     def act(reached: int) -> None:
         nonlocal killed
-        frame = inspect.currentframe()
-        while frame is not None and not killed:
-            session = frame.f_locals.get("session", frame.f_locals.get("self"))
-            if frame.f_code.co_name == function and isinstance(session, Session) and session.done == done:
-                killed = True
-                os.kill(os.getpid(), number)
-            frame = frame.f_back
+        session = None if killed else session_of(function)
+        if session is not None and session.done == done:
+            killed = True
+            os.kill(os.getpid(), number)
 
     return act
 
 
-def void(value: object) -> None:
-    """For a lambda that is to return nothing."""
+def kill_after(done: int, more: int) -> Callable[[int], None]:
+    """Kill at the `more`-th moment in the loop, wherever it is, after `done` steps."""
+    left = more
+
+    def act(reached: int) -> None:
+        nonlocal left
+        session = session_of("loop")
+        if session is not None and session.done >= done:
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return act
 
 
-def whole(home: Path, kind: str) -> tuple[Path, int]:
-    """An uninterrupted run, made once, and how many moments it has."""
-    folder, count = home / "runs" / f"whole-{kind}", home / f"moments-{kind}"
+def whole(home: Path, kind: str) -> Path:
+    """An uninterrupted run, made once."""
+    folder = home / "runs" / f"whole-{kind}"
     if not folder.exists():
-        code, said = trained(
-            recipe(home, kind, f"whole-{kind}"), act=lambda reached: void(count.write_text(str(reached))))
+        code, said = trained(recipe(home, kind, f"whole-{kind}"))
         assert code == 0, said
-    return folder, int(count.read_text())
+    return folder
 
 
 def files(folder: Path) -> Iterator[str]:
@@ -137,15 +151,16 @@ def lines_of_one(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_killed_at_five_random_moments_and_resumed_a_run_ends_with_the_same_bits(home: Path, kind: str) -> None:
-    reference, moments = whole(home, kind)
-    assert moments > 100
+    reference = whole(home, kind)
     name = f"killed-{kind}"
-    path, rng = recipe(home, kind, name), random.Random(kind)
-    for _ in range(5):
-        code, said = trained(path, "--resume", act=kill_at(rng.randrange(1, moments // 2)))
+    path, rng, resumed = recipe(home, kind, name), random.Random(kind), 0
+    for done in (rng.randrange(2), *range(2, STEPS)):
+        code, said = trained(path, "--resume", act=kill_after(done, rng.randrange(MOMENTS_OF_A_STEP)))
         assert code == -signal.SIGKILL, said
+        resumed += "resumed after step" in said
+    assert resumed >= 2
     code, said = trained(path, "--resume")
-    assert code == 0, said
+    assert code == 0 and "resumed after step" in said, said
     assert_same_run(reference, home / "runs" / name)
     kept = load_file(home / "runs" / name / "checkpoints" / f"step-{STEPS}" / "teachers.safetensors")
     assert {key.partition("/")[0] for key in kept} == {kind}
@@ -155,7 +170,7 @@ def test_the_teacher_the_optimiser_and_the_cursor_matter_to_where_a_resumed_run_
     """The comparison above can fail: without the saved teacher, the same run ends elsewhere."""
     from selftaught.optim import Teachers
 
-    reference, _ = whole(home, "ema")
+    reference = whole(home, "ema")
     path = recipe(home, "ema", "forgetful")
     code, said = trained(path, act=kill_in("step", 4))
     assert code == -signal.SIGKILL, said
@@ -171,7 +186,7 @@ def test_the_teacher_the_optimiser_and_the_cursor_matter_to_where_a_resumed_run_
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_told_to_stop_a_run_finishes_its_step_saves_and_says_how_to_go_on(home: Path, number: int, code: int) -> None:
-    reference, _ = whole(home, "snapshot")
+    reference = whole(home, "snapshot")
     name = f"stopped-{number}"
     path = recipe(home, "snapshot", name)
     got, said = trained(path, act=kill_in("step", 2, number))
@@ -201,7 +216,7 @@ def test_a_second_signal_stops_at_once(home: Path) -> None:
 
 
 def test_a_signal_during_the_first_evaluation_keeps_it(home: Path) -> None:
-    reference, _ = whole(home, "ema")
+    reference = whole(home, "ema")
     path = recipe(home, "ema", "early")
     code, said = trained(path, act=kill_in("evaluate", 0, signal.SIGTERM))
     assert code == 143 and "stopped after step 0 of 6, all of it saved" in said, said
@@ -214,7 +229,7 @@ def test_a_signal_during_the_first_evaluation_keeps_it(home: Path) -> None:
 
 
 def test_a_resume_with_a_changed_recipe_names_the_key_and_both_values(home: Path) -> None:
-    folder, _ = whole(home, "ema")
+    folder = whole(home, "ema")
     path = recipe(home, "ema", "whole-ema")
     before = {name: (folder / name).read_bytes() for name in files(folder)}
     said = cli("train", path, "--resume", "optim.learning_rate=0.002")
@@ -232,7 +247,7 @@ def test_what_touches_no_number_may_change_at_a_resume(home: Path) -> None:
 
 
 def test_a_folder_with_a_run_is_refused_and_left_alone(home: Path) -> None:
-    folder, _ = whole(home, "ema")
+    folder = whole(home, "ema")
     before = {name: (folder / name).stat().st_mtime_ns for name in files(folder)}
     said = cli("train", recipe(home, "ema", "whole-ema"))
     assert said.code == 2 and "already holds a run" in said.err and "--resume" in said.err
@@ -244,15 +259,38 @@ def test_resume_without_a_run_begins_one_and_says_so(home: Path) -> None:
     code, said = trained(path, "--resume", act=kill_in("step", 1))
     assert code == -signal.SIGKILL and "nothing to resume" in said
     assert (home / "runs" / "fresh" / "run.yaml").is_file()
-    # Killed before the first checkpoint: what it logged is void, also where the recipe is another now.
-    code, said = trained(path, "--resume", "optim.learning_rate=0.002", act=kill_in("step", 3))
+    # Killed before the first checkpoint: what it logged is void, but the recipe is still the one that it was begun by.
+    before = {name: (home / "runs" / "fresh" / name).read_bytes() for name in files(home / "runs" / "fresh")}
+    said = cli("train", path, "--resume", "optim.learning_rate=0.002")
+    assert said.code == 2 and "optim.learning_rate = 0.002" in said.err and "begun with 0.001" in said.err
+    assert {name: (home / "runs" / "fresh" / name).read_bytes() for name in files(home / "runs" / "fresh")} == before
+    code, said = trained(path, "--resume", "report.patience=4", act=kill_in("step", 3))
     assert code == -signal.SIGKILL
     steps = [row["step"] for row in lines(home / "runs" / "fresh" / "metrics.jsonl")]
     assert steps == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("left", ["final", "results.json"])
+def test_a_run_that_has_ended_without_its_checkpoints_is_left_as_it_is(home: Path, left: str) -> None:
+    name = f"ended-{left}"
+    folder = home / "runs" / name
+    shutil.copytree(whole(home, "ema"), folder)
+    shutil.rmtree(folder / "checkpoints")
+    if left == "final":
+        (folder / "results.json").unlink()
+    else:
+        shutil.rmtree(folder / "final")
+    path = recipe(home, "ema", name)
+    (folder / "run.yaml").write_text(cli("train", path, "--dry-run").out)
+    before = {each: (folder / each).read_bytes() for each in files(folder)}
+    said = cli("train", path, "--resume")
+    assert said.code == 2 and f"this run has ended ({folder / left} is there)" in said.err
+    assert "begin anew with another out" in said.err
+    assert {each: (folder / each).read_bytes() for each in files(folder)} == before
+
+
 def test_a_corrupt_newest_checkpoint_falls_back_to_the_one_before(home: Path) -> None:
-    reference, _ = whole(home, "snapshot")
+    reference = whole(home, "snapshot")
     path = recipe(home, "snapshot", "corrupt", checkpoint={"every": 2, "keep": 3})
     code, _ = trained(path, act=kill_in("step", 5))
     assert code == -signal.SIGKILL
@@ -284,9 +322,9 @@ def test_where_every_checkpoint_is_broken_nothing_is_thrown_away(home: Path) -> 
 
 def test_the_recipe_of_these_tests_has_a_life(home: Path) -> None:
     """Responses end by themselves, rewards differ, and the weights move: equality above is no equality of nothing."""
-    folder, _ = whole(home, "snapshot")
+    folder = whole(home, "snapshot")
     rows = [row for row in lines(folder / "metrics.jsonl") if row["step"]]
-    assert len(rows) == STEPS == len(recipe_of(home)["optim"]) * 3
+    assert len(rows) == STEPS
     assert all(row["grad_norm"] > 0 and row["teacher/gap_abs"] > 0 for row in rows)
     assert sum(row["frac_reward_zero_std"] < 1 for row in rows) >= STEPS - 1
     assert any(0 < row["completions/clipped_ratio"] < 1 for row in rows)

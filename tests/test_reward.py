@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from selftaught.errors import UserError
 from selftaught.records import Problem, Prompt, Rollout, Sampling, Verdict
 from selftaught.reward import RewardConfig, Rewarder, check, from_callables
-from selftaught.reward.rewarder import combine, part_keys
+from selftaught.reward.rewarder import columns_of, combine, part_keys
 
 FILES = Path(__file__).parent / "rewards"
 PROTOCOL, VERDICTS = FILES / "protocol.py", FILES / "verdicts.py"
@@ -42,6 +42,9 @@ def test_short_forms_mean_the_same_as_long_ones() -> None:
     assert RewardConfig.parse("numeric") == RewardConfig.parse(["numeric"]) == RewardConfig.parse([{"name": "numeric"}])
     assert RewardConfig.parse({"name": "numeric"}) == long == RewardConfig.parse(long)
     assert RewardConfig.parse(long.model_dump(mode="json")) == long
+    beside = RewardConfig.parse({"name": "numeric", "tolerance": 0.5, "timeout": 3, "shuffle": True})
+    parts = [{"name": "numeric", "tolerance": 0.5}]
+    assert beside == RewardConfig.parse({"parts": parts, "timeout": 3, "shuffle": True})
 
 
 @pytest.mark.parametrize(
@@ -123,6 +126,21 @@ def test_a_chat_prompt_makes_chat_completions() -> None:
     (found,) = score(f"{VERDICTS}:echo", rollout("4", problem(prompt=chat, level=1)))
     message = [[{"role": "assistant", "content": "4"}]]
     assert found.feedback == repr(([[dict(chat[0])]], message, [[0, 1, 2]], ["4"], [1]))
+
+
+def test_a_function_gets_the_answer_that_the_verifiers_compare_with() -> None:
+    worked = "40 + 2 = 42\n#### 42"
+    of = Problem("p1", "40 + 2?", "42", worked, {"question": "40 + 2?", "answer": worked})
+    assert columns_of(of) == {"question": "40 + 2?", "answer": "42", "solution": worked, "raw_answer": worked}
+    functions = {"here:same": lambda completions, answer: [float(completions == answer)]}
+    (found,) = score("here:same", rollout("42", of), functions=functions)
+    assert found.score == 1.0
+    named = Problem("p1", "?", "4", None, {"gold": "4", "answer": "four", "raw_answer": "mine"})
+    assert columns_of(named) == {"gold": "4", "answer": "4", "raw_answer": "mine"}
+    typed = Problem("p1", "?", "42", '["a", 1]', {"answer": 42, "solution": ["a", 1]})
+    assert columns_of(typed) == {"answer": 42, "solution": ["a", 1]}, "the same, so a function gets the source's type"
+    assert columns_of(Problem("p1", "?", "4", None, {"answer": None})) == {"answer": "4"}
+    assert columns_of(Problem("p1", "?", None, None, {"answer": ""})) == {"answer": ""}
 
 
 def test_a_function_takes_what_it_names_or_everything() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 import families
@@ -126,6 +127,21 @@ def test_truncation_by_hand() -> None:
     assert kept(3, 0.8) == [[1, 2, 3], [0, 2]]  # of the mass that top_k leaves: .4 + .3 of .9; .6 + .25 of .95
     assert kept(2, 0.5) == [[1], [2]]  # .4 of .7 is enough
     assert kept(2, 0.6) == [[1, 3], [2]]
+
+
+@pytest.mark.parametrize("layout", ["shared", "plain"])
+def test_temperature_zero_takes_the_likeliest_token_and_records_its_log_prob(layout: str) -> None:
+    model = families.llama()
+    sampling = Sampling(temperature=0.0, top_p=0.5, top_k=2, max_completion_length=6)
+    found = engine(model, layout=layout).sample(requests(), 2, sampling)
+    assert len(found) == 6 and all(len(rollout.token_ids) == 6 for rollout in found)
+    for rollout in found:
+        logits = training_logits(model, rollout)
+        assert tuple(logits.argmax(-1).tolist()) == rollout.token_ids
+        expected = logits.log_softmax(-1).amax(-1)
+        torch.testing.assert_close(torch.tensor(rollout.logp_sampler), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValidationError, match="temperature"):
+        RolloutConfig(temperature=0)  # log-probs of an argmax are no policy to train
 
 
 def test_uniforms_are_those_of_their_key_alone() -> None:

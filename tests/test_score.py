@@ -18,7 +18,7 @@ from selftaught.methods import Method, batch_credit, build
 from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, Verdict, View
 from selftaught.score import Backbone, Scorer
 from selftaught.score.attention import Segments
-from selftaught.tensors import MIN_COMMON, pack
+from selftaught.tensors import MIN_COMMON, pack, upcast
 from selftaught.vocabulary import sampled_log_probs
 
 Ids = tuple[int, ...]
@@ -396,6 +396,21 @@ def test_micro_batches_hold_every_rollout_once_in_order_within_the_budget() -> N
                 assert packed.token_ids.numel() <= budget or len(micro.rollouts) == 1
 
 
+def test_in_the_plain_layout_the_budget_bounds_the_padded_rows() -> None:
+    batch, model = make(), families.llama()
+    views = {"teacher": View("live", "privileged")}
+    shapes: list[tuple[int, ...]] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True)
+    for budget in (1, 60, 90, 10_000):
+        shapes.clear()
+        of = scorer(model, views, {}, budget, layout="plain")
+        found = torch.cat([hidden["student"] for hidden in whole(of, batch)])
+        assert all(rows * width <= budget or rows == 1 for rows, width in shapes)
+        assert found.shape[0] == batch.tokens.tokens.shape[0]
+    assert shapes[0][0] == len(batch.responses)
+
+
 @pytest.mark.parametrize("layout", ["shared", "plain"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_recomputed_activations_give_the_same_gradient(family: str, layout: str,
@@ -425,6 +440,29 @@ def test_recomputed_activations_give_the_same_gradient(family: str, layout: str,
     with torch.no_grad():
         torch.testing.assert_close(log_probs(backbone, prompts, responses), one_by_one(model, prompts, responses),
                                    **CLOSE)
+
+
+def test_the_float32_head_is_made_once_per_frozen_block_and_follows_the_weights(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = families.llama().to(torch.bfloat16)
+    backbone = Backbone(model)
+    hidden = torch.randn(3, model.config.hidden_size, dtype=torch.bfloat16)
+    made: list[int] = []
+    monkeypatch.setattr("selftaught.score.backbone.upcast", lambda x: made.append(x.shape[0]) or upcast(x))
+    for block in range(2):
+        made.clear()
+        fresh = backbone.logits(hidden)  # outside of a block nothing is kept
+        with backbone.frozen():
+            with backbone.frozen():
+                first = backbone.logits(hidden)
+            assert first.equal(fresh) and first.equal(backbone.logits(hidden)) and first.dtype == torch.float32
+        assert made.count(backbone.vocabulary) == 1, block
+        with torch.no_grad():  # an update between two samplings
+            model.get_output_embeddings().weight.mul_(1.5)
+        with backbone.frozen():
+            moved = backbone.logits(hidden)
+        assert moved.equal(backbone.logits(hidden)) and not moved.equal(first)
 
 
 def test_a_bfloat16_model_is_verified_scored_and_trained() -> None:

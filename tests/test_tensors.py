@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from selftaught.tensors import (
     segment_mean,
     segment_sum,
     split_by_budget,
+    split_padded,
     upcast,
 )
 
@@ -133,8 +135,25 @@ def test_micro_batches_hold_whole_rollouts_in_order_within_the_budget_of_every_v
         assert len(cut) == 1
 
 
+@pytest.mark.parametrize("budget", [1, 30, 60, 10_000])
+@pytest.mark.parametrize("seed", range(10))
+def test_padded_micro_batches_pay_every_row_at_the_length_of_the_longest(seed: int, budget: int) -> None:
+    plain, responses = rollouts(seed)
+    privileged = [prompt + (77,) * (index % 3) for index, prompt in enumerate(plain)]
+    rows = [[len(view[i]) + len(response) - 1 for i, response in enumerate(responses)] for view in (plain, privileged)]
+
+    def size(micro: Sequence[int]) -> int:
+        return max(len(micro) * max(lengths[i] for i in micro) for lengths in rows)
+
+    cut = list(split_padded([plain, privileged], responses, budget))
+    assert [index for micro in cut for index in micro] == list(range(len(plain)))
+    assert all(len(micro) == 1 or size(micro) <= budget for micro in cut)
+    for micro, following in itertools.pairwise(cut):  # as few cuts as going in order allows
+        assert size([*micro, following[0]]) > budget
+
+
 def test_split_of_nothing_is_nothing() -> None:
-    assert list(split_by_budget([[]], [], 10)) == []
+    assert list(split_by_budget([[]], [], 10)) == list(split_padded([[]], [], 10)) == []
 
 
 def test_offsets_are_running_sums_from_zero() -> None:

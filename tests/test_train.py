@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import selftaught
-from own import cli, lines, make_home, recipe_of, without_clocks, write_recipe
+from own import METHOD, cli, lines, make_home, recipe_of, without_clocks, write_recipe
+from selftaught.assemble import probe, shuffled
 from selftaught.errors import UserError
-from selftaught.records import Batch, Rollout
+from selftaught.measure import rollout_metrics
+from selftaught.optim import Checkpoints
+from selftaught.records import Batch, Problem, Prompt, Rollout, Sampling, Verdict
 from selftaught.rollout import TransformersEngine
 from selftaught.run import load_run
 from selftaught.score import Micro, Scorer
+from selftaught.tensors import pack
 from selftaught.train import Finished
 from tiny import tiny_tokenizer
 
@@ -176,13 +181,73 @@ def test_metrics_are_what_the_saved_rollouts_say(home: Path) -> None:
         scores = [r["score"] for r in rollouts]
         assert len(rollouts) == 8 and len({r["problem"] for r in rollouts}) == 2
         assert row["reward"] == pytest.approx(sum(scores) / 8, abs=1e-6)
-        assert row["num_tokens"] == sum(r["tokens"] for r in rollouts)
+        assert row["completions/tokens"] == sum(r["tokens"] for r in rollouts)
+        groups = [[r["score"] for r in rollouts if r["problem"] == name] for name in {r["problem"] for r in rollouts}]
+        assert row["reward_std"] == pytest.approx(sum(map(statistics.stdev, groups)) / 2, abs=1e-6)
         assert row["completions/clipped_ratio"] == sum(r["finish"] == "length" for r in rollouts) / 8
         assert row["completions/max_length"] == max(r["tokens"] for r in rollouts)
         alive = len({r["problem"] for r in rollouts for s in rollouts
                      if r["problem"] == s["problem"] and abs(r["score"] - s["score"]) > 1e-9})  # fmt: skip
         assert row["frac_reward_zero_std"] == pytest.approx(1 - alive / 2)
         assert row["learning_rate"] == 1e-3 and math.isfinite(row["loss"])
+
+
+def test_the_spread_of_rewards_is_within_groups_and_no_opinion_is_left_out() -> None:
+    def found(**scores: tuple[float | None, ...]) -> dict[str, float]:
+        rollouts = [Rollout(Problem(name, "?"), i, Prompt((1,)), (5, 6), (0.0, 0.0), "", "stop", Sampling(), 0, 0)
+                    for name, values in scores.items() for i in range(len(values))]  # fmt: skip
+        return rollout_metrics(rollouts, [Verdict(value) for values in scores.values() for value in values])
+
+    assert found(a=(0.0, 0.0, 0.0), b=(1.0, 1.0, 1.0))["reward_std"] == 0.0
+    assert found(a=(0.0, 1.0, None), b=(2.0, 6.0, 4.0))["reward_std"] == pytest.approx((math.sqrt(0.5) + 2) / 2)
+    assert found(a=(0.0, 2.0), b=(None, None))["reward_std"] == pytest.approx(math.sqrt(2))
+    assert found(a=(3.0,))["reward_std"] == 0.0
+    assert "reward_std" not in found(a=(None, None))
+
+
+def test_without_a_reward_there_is_nothing_that_was_wrong(home: Path) -> None:
+    run = trained(home, "silent", method={"name": "opsd"}, reward=None, data={"heldout": 0}, optim={"steps": 1})
+    (row,) = metrics(run)
+    assert row["completions/tokens"] > 0 and not [name for name in row if name.startswith("reward")]
+
+
+def test_shuffled_rewards_keep_score_and_status_together() -> None:
+    verdicts = [Verdict(float(i), "right" if i % 3 else "wrong", answer=str(i)) for i in range(30)]
+    dealt = shuffled(verdicts, 0, 4)
+    pairs = [(verdict.score, verdict.status) for verdict in dealt]
+    assert sorted(pairs) == sorted((verdict.score, verdict.status) for verdict in verdicts)
+    assert pairs != [(verdict.score, verdict.status) for verdict in verdicts]
+    assert [verdict.answer for verdict in dealt] == [verdict.answer for verdict in verdicts]
+    assert shuffled(verdicts, 0, 4) == dealt != shuffled(verdicts, 0, 5)
+
+
+def test_a_teacher_arm_holds_only_problems_that_have_a_privilege(home: Path) -> None:
+    rows = lines(home / "mine.jsonl")
+    for number, row in enumerate(rows):
+        row["clue"] = f"clue {number}" if number % 2 else ""
+    (home / "clues.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = trained(home, "clues", data={"source": str(home / "clues.jsonl")}, optim={"steps": 1},
+                  privilege={"kind": "hint", "column": "clue"})  # fmt: skip
+    saved = lines(run.folder / "completions.jsonl")
+    asked = {arm: {row["problem"] for row in saved if row["arm"] == arm} for arm in {row["arm"] for row in saved}}
+    assert len(asked["student"]) == len(asked["other_prompt"]) == len(asked["teacher/empty"]) == 6
+    assert 0 < len(asked["teacher/right"]) < 6
+    assert all("clue" in row["prompt"] for row in saved if row["arm"] in ("teacher/right", "teacher/wrong"))
+
+
+def test_one_held_out_problem_has_no_other_prompt(home: Path) -> None:
+    run = trained(home, "alone", data={"heldout": 1}, optim={"steps": 1})
+    arms = {row["arm"] for row in lines(run.folder / "completions.jsonl")}
+    assert "other_prompt" not in arms and "other_prompt" not in run.results["controls"]
+
+
+def test_greedy_evaluation_gives_one_answer_however_often_it_is_asked(home: Path) -> None:
+    run = trained(home, "greedy", eval={"temperature": 0}, optim={"steps": 1})
+    said: dict[tuple[str, int], set[str]] = {}
+    for row in lines(run.folder / "completions.jsonl"):
+        if row["arm"] == "student":
+            said.setdefault((row["problem"], row["step"]), set()).add(row["response"])
+    assert len(said) == 12 and all(len(responses) == 1 for responses in said.values())
 
 
 def test_the_teacher_that_a_run_keeps_follows_its_snapshot(home: Path) -> None:
@@ -207,6 +272,29 @@ def test_the_best_checkpoint_by_the_recipes_measure_stays(home: Path) -> None:
     assert kept == {f"step-{best}", "step-6"}
 
 
+def test_a_checkpoint_is_written_only_once_its_step_is_logged(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run killed between the two would be resumed without that step's line."""
+    save, found = Checkpoints.save, []
+
+    def watched(self: Checkpoints, step: int, *rest: Any) -> Path | None:
+        logged = [row["step"] for row in lines(self.folder.parent / "metrics.jsonl")]
+        measured = {row["step"] for row in lines(self.folder.parent / "completions.jsonl")}
+        found.append((step, logged, step in measured))
+        return save(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", watched)
+    trained(home, "ordered", eval={"every": 1}, checkpoint={"every": 2}, optim={"steps": 3})
+    assert [step for step, _, _ in found] == [1, 2, 3]  # the first is the best so far, the last ends the run
+    assert all(logged == list(range(step + 1)) and measured for step, logged, measured in found)
+
+
+def test_a_method_of_the_users_own_file_trains(home: Path) -> None:
+    (home / "my_method.py").write_text(METHOD)
+    run = trained(home, "own-method", method={"name": f"{home / 'my_method.py'}:Mine", "scale": 2.0})
+    assert all(row["grad_norm"] > 0 and 0 < row["method/weight"] < 1 for row in metrics(run)[1:])
+    assert largest_gap(final(run), load_file(home / "model" / "model.safetensors")) > 1e-4
+
+
 # Law 9: a dead step says so.
 
 
@@ -224,7 +312,9 @@ def test_a_constant_reward_is_named_and_stops_the_run_with_everything_saved(home
     assert all(row["health/dead_groups"] == 1.0 and row["frac_reward_zero_std"] == 1.0 for row in rows[1:])
     assert (home / "runs" / "constant" / "checkpoints" / "step-3" / "manifest.json").is_file()
     said = cli("train", path, "--resume", "report.patience=5")
-    assert said.code == 2 and "stopped after 5 dead steps in a row" in said.err  # the three before it count
+    assert said.code == 2 and "stopped after 5 dead steps in a row" in said.err
+    rows = lines(home / "runs" / "constant" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]  # the three dead ones before the resume count
 
 
 @pytest.mark.parametrize(
@@ -268,6 +358,51 @@ def test_a_sampler_that_is_not_the_scorers_distribution_is_refused(home: Path, m
     assert [row["step"] for row in lines(home / "runs" / "shifted" / "metrics.jsonl")] == [0]
     allowed = trained(home, "allowed", rollout={"max_logp_gap": 0.6}, optim={"steps": 1})
     assert metrics(allowed)[1]["sampling/sampling_logp_difference/mean"] == pytest.approx(0.5, abs=1e-4)
+
+
+def test_what_was_done_before_a_refused_step_is_saved_and_gone_on_with(home: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    original = TransformersEngine.poll
+
+    def shifted(self: TransformersEngine) -> list[Rollout]:
+        shift = 0.5 if self.version == 2 else 0.0
+        return [replace(r, logp_sampler=tuple(p - shift for p in r.logp_sampler)) for r in original(self)]
+
+    sections: dict[str, Any] = {"optim": {"steps": 4}, "checkpoint": {"every": 100}, "eval": {"best": None},
+                                "method": {"name": "opsd"}}
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "poll", shifted)
+        with pytest.raises(UserError, match="nats on average"):
+            trained(home, "refused", **sections)
+    assert (home / "runs" / "refused" / "checkpoints" / "step-2" / "manifest.json").is_file()
+    again = selftaught.train(recipe_of(home, out=str(home / "runs" / "refused"), **sections), resume=True,
+                             console=Console(quiet=True))
+    whole = trained(home, "unrefused", **sections)
+    assert [without_clocks(row) for row in metrics(again)] == [without_clocks(row) for row in metrics(whole)]
+    assert largest_gap(final(again), final(whole)) == 0.0
+
+
+def test_truncated_sampling_trains_where_it_is_allowed_and_says_what_is_not_checked(home: Path) -> None:
+    console = Console(record=True, file=io.StringIO(), width=200)
+    run = selftaught.train(
+        recipe_of(home, out=str(home / "runs" / "truncated"), rollout={"top_k": 5, "allow_truncated_support": True}),
+        console=console)  # fmt: skip
+    assert len(metrics(run)) == 4
+    assert all(row["sampling/sampling_logp_difference/mean"] > 0.1 and row["grad_norm"] > 0 for row in metrics(run)[1:])
+    assert console.export_text().count("rollout.max_logp_gap cannot be checked") == 1
+
+
+@pytest.mark.parametrize("length", [5, 64, 65, 4000])
+@pytest.mark.parametrize("written", [1, 2, 500])
+def test_the_probe_before_a_run_is_short_whatever_the_prompts(length: int, written: int) -> None:
+    given = [(*range(24), *range(start, start + max(length - 24, 0)))[:length] for start in (100, 9000)]
+    prompts, responses = probe(given, written)
+    assert len(prompts) == len(responses) == 4 and set(map(len, prompts)) == {min(length, 64)}
+    assert all(1 <= len(response) <= min(16, written) for response in responses)
+    packed = pack(prompts, responses)
+    assert [len(group.responses) for group in packed.groups] == ([2, 2] if length > 24 else [4])
+    assert packed.common == (24 if length > 24 else 0)  # what they share is still computed once
+    assert [prompt[-min(length, 40):] for prompt in prompts[:2]] == [ids[-min(length, 40):] for ids in given]
 
 
 def test_run_yaml_is_the_resolved_recipe_and_a_recipe_again(home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,10 +20,11 @@ from selftaught.reward import Rewarder
 from selftaught.rollout import Engine, TransformersEngine
 from selftaught.run import Run
 from selftaught.score import Backbone, Scorer
-from selftaught.score.hub import check_model, load_model, load_tokenizer, stop_token_ids
+from selftaught.score.hub import check_model, load_config, load_model, load_tokenizer, stop_token_ids
 
 Say = Callable[[str], None]
 PROBE = 2  # problems on which the layouts are compared before the first step
+PROBE_HEAD, PROBE_TAIL, PROBE_WRITTEN = 24, 40, 16  # tokens of each: enough for a shared prefix, bounded in memory
 
 
 @dataclass(frozen=True)
@@ -86,23 +88,20 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
 def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset, privileged: bool) -> None:
     """Refuse a context or a token budget that is too short for the longest prompt and one response.
 
-    The longest privileged prompt counts too, where the method's teacher reads one: as far as it is known beforehand.
+    The longest privileged prompt counts too, where the method's teacher reads one or an evaluation asks it; evidence
+    that rollouts will make counts at its longest.
     """
-    from transformers import AutoConfig
-
-    from selftaught.score.hub import resolve
-
     problems = [*dataset.train, *dataset.heldout]
-    config = AutoConfig.from_pretrained(resolve(run.model)).get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(load_config(run.model).get_text_config(), "max_position_embeddings", None)
     written = run.rollout.max_completion_length
     longest = {"prompt": max(len(renderer.prompt(problem).token_ids) for problem in problems)}
-    shorten = {"prompt": "set data.max_prompt_length with data.on_overflow=drop"}
-    if privileged and run.privilege is not None:
-        given = privilege.for_problems(privilege.control(run.privilege, "right"), problems, dataset.train, renderer,
-                                       seed=run.seed, step=0)
-        longest["privileged prompt"] = max((len(c.prompt.token_ids) for c in given if c is not None), default=0)
-        shorten["privileged prompt"] = "set privilege.max_prompt_length or privilege.max_tokens"
+    shorten = {"prompt": "set data.max_prompt_length with data.on_overflow=drop",
+               "privileged prompt": "set privilege.max_prompt_length or privilege.max_tokens"}
+    asked = dict(longest)
+    if run.privilege is not None and run.eval.controls and dataset.heldout:
+        asked["privileged prompt"] = longest_privileged(run, renderer, dataset, dataset.heldout, made=False)
+    if run.privilege is not None and privileged:
+        longest["privileged prompt"] = longest_privileged(run, renderer, dataset, problems, made=True)
     for what, size in longest.items():
         need = size + written
         if limit is not None and need > limit:
@@ -111,10 +110,27 @@ def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset
         if need > run.optim.token_budget:
             raise UserError(f"optim.token_budget = {run.optim.token_budget}: the longest {what} ({size} tokens) and "
                             f"one response ({written}) need {need}; raise it to at least that")
-    evaluated = run.eval.max_completion_length
-    if limit is not None and evaluated is not None and longest["prompt"] + evaluated > limit:
-        raise UserError(f"eval.max_completion_length = {evaluated}: with the longest prompt of {longest['prompt']} "
-                        f"tokens it is over the model's context of {limit}; lower it to {limit - longest['prompt']}")
+    evaluated = run.eval.max_completion_length or written
+    for what, size in asked.items():
+        if limit is not None and size + evaluated > limit:
+            raise UserError(f"eval.max_completion_length = {evaluated}: with the longest {what} of {size} tokens it is "
+                            f"over the model's context of {limit}; lower it to {limit - size}, or {shorten[what]}")
+
+
+def longest_privileged(run: Run, renderer: Renderer, dataset: Dataset, problems: Sequence[Problem], made: bool) -> int:
+    """Tokens of the longest privileged prompt; with `made`, evidence that rollouts will make counts at its longest."""
+    config = run.privilege
+    assert config is not None
+    room = 0
+    if made and config.kind in ("demonstration", "feedback"):
+        room = min(config.max_tokens or sys.maxsize, run.rollout.max_completion_length)
+        problems = [replace(problem, solution="1") for problem in problems]  # one token, and the template around it
+        shown = config.model_copy(update={"kind": "solution", "template": config.block("{privilege}")})
+    else:
+        shown = privilege.control(config, "right")
+    given = privilege.for_problems(shown, problems, dataset.train, renderer, seed=run.seed, step=0)
+    size = room + max((len(c.prompt.token_ids) for c in given if c is not None), default=0)
+    return min(size, config.max_prompt_length or size)
 
 
 def device_of(run: Run) -> str:
@@ -130,13 +146,23 @@ def device_of(run: Run) -> str:
     return run.device
 
 
+def probe(prompts: Sequence[tuple[int, ...]], written: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Two rollouts of each prompt, no longer than the run's own and of at most 80 tokens: their prompts and responses.
+
+    A long prompt keeps its beginning, which others may share, and its end.
+    """
+    written = min(written, PROBE_WRITTEN)
+    short = [ids if len(ids) <= PROBE_HEAD + PROBE_TAIL else (*ids[:PROBE_HEAD], *ids[-PROBE_TAIL:]) for ids in prompts]
+    return [*short, *short], [*(ids[-written:] for ids in reversed(short)), *(ids[-min(3, written):] for ids in short)]
+
+
 def load_engine(ground: Ground) -> tuple[Backbone, Engine]:
     """Load the weights, compare the layouts on a probe batch, and make the sampler."""
     run = ground.run
     model = load_model(run.model, getattr(torch, run.optim.dtype), device_of(run))
     backbone = Backbone(model, run.score.layout)
     prompts = [ground.renderer.prompt(problem).token_ids for problem in ground.dataset.train[:PROBE]]
-    backbone.verify([*prompts, *prompts], [*reversed(prompts), *(prompt[-3:] for prompt in prompts)])
+    backbone.verify(*probe(prompts, run.rollout.max_completion_length))
     return backbone, TransformersEngine(backbone, ground.tokenizer, stop_token_ids(ground.tokenizer, model),
                                         run.rollout.max_rows)
 
@@ -176,10 +202,14 @@ def sample_and_verify(ground: Ground, engine: Engine, asked: Sequence[Request], 
 
 
 def shuffled(verdicts: Sequence[Verdict], seed: int, step: int) -> list[Verdict]:
-    """The control of `reward.shuffle`: the same scores, dealt out anew at random, keyed by (seed, step)."""
-    scores = [verdict.score for verdict in verdicts]
-    random.Random(f"{seed}/{step}").shuffle(scores)
-    return [replace(verdict, score=score) for verdict, score in zip(verdicts, scores, strict=True)]
+    """The control of `reward.shuffle`: the same scores, dealt out anew at random, keyed by (seed, step).
+
+    Each takes its status along: else a demonstration would still be chosen by the true one.
+    """
+    dealt = list(verdicts)
+    random.Random(f"{seed}/{step}").shuffle(dealt)
+    return [replace(verdict, score=other.score, status=other.status)
+            for verdict, other in zip(verdicts, dealt, strict=True)]
 
 
 def privileges_of(ground: Ground, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict],

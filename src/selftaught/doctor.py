@@ -146,7 +146,7 @@ def trial(ground: Ground, parts: Parts) -> list[Line]:
     total = run.optim.steps * scale * (sampled + updated) + evaluations * share * sampled
     cut = sum(rollout.finish == "length" for rollout in rollouts) / len(rollouts)
     bound = SAMPLER_TOLERANCE[run.optim.dtype]
-    close = gap.max().item() <= bound
+    close = run.rollout.truncated or gap.max().item() <= bound  # truncated, the two differ by what was cut away
     return [
         Line(True, f"time: a step about {duration(scale * (sampled + updated))} (sampling {sampled * scale:.1f} s, "
                    f"scoring and update {updated * scale:.1f} s); the run about {duration(total)}"),

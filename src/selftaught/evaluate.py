@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from selftaught import privilege
+from selftaught import data, privilege
 from selftaught.assemble import Ground, Say, lay_ground, load_engine, sample_and_verify
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, read_rows, rows_of, select, summarise
@@ -57,20 +58,25 @@ def evaluate(ground: Ground, engine: Engine, folder: RunFolder, step: int) -> di
 def evaluate_controls(ground: Ground, engine: Engine, folder: RunFolder, step: int) -> None:
     """Rows of the controls: another problem's prompt, and with a privilege the teacher's own accuracy.
 
-    The teacher is asked under the right, a wrong and an empty privilege, on the weights that the engine holds.
+    The teacher is asked under the right, a wrong and an empty privilege, on the weights that the engine holds; a
+    problem without that privilege is left out of the arm, and a single problem has no other one's prompt.
     """
     problems = heldout(ground)
     samples = min(CONTROL_SAMPLES, ground.run.eval.samples)
-    arms = {"other_prompt": [ground.renderer.prompt(p) for p in (*problems[1:], *problems[:1])]}
+    arms: dict[str, list[tuple[Problem, Prompt]]] = {}
+    if len(problems) > 1:
+        others = (*problems[1:], *problems[:1])
+        arms["other_prompt"] = [(p, ground.renderer.prompt(other)) for p, other in zip(problems, others, strict=True)]
     config = ground.run.privilege
     if config is not None and step == 0:
         for kind in TEACHER_ARMS:
             given = privilege.for_problems(privilege.control(config, kind), problems, ground.dataset.train,
                                            ground.renderer, seed=ground.run.seed, step=EVALUATION)
-            arms[f"teacher/{kind}"] = [ground.renderer.prompt(problem) if c is None else c.prompt
-                                       for problem, c in zip(problems, given, strict=True)]
-    for arm, prompts in arms.items():
-        save(folder, sample_rows(ground, engine, problems, prompts, step=step, arm=arm, samples=samples))
+            arms[f"teacher/{kind}"] = [(p, c.prompt) for p, c in zip(problems, given, strict=True) if c is not None]
+    for arm, asked in arms.items():
+        if asked:
+            save(folder, sample_rows(ground, engine, [p for p, _ in asked], [prompt for _, prompt in asked],
+                                     step=step, arm=arm, samples=samples))
 
 
 def save(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -124,8 +130,9 @@ def measure_file(path: Path, ks: Sequence[int] | None, warn: Say) -> dict[str, A
 def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say: Say) -> dict[str, Any]:
     """Sample, verify and measure a run's final model, a model folder or a Hub name on a recipe's held-out problems.
 
-    Without a recipe, a run is measured by its own. Completions go to a new folder: RUN/evals/RECIPE of a run, else
-    evals/MODEL-RECIPE beside the recipe's `out`; or the `out` that an override names.
+    Without a recipe, a run is measured by its own; problems that it trained on are left out. Completions go to a new
+    folder: RUN/evals/RECIPE of a run, else evals/MODEL-RECIPE beside the recipe's `out`; or the `out` that an override
+    names.
     """
     folder, name = Path(model), model
     of_run = (folder / "run.yaml").is_file()
@@ -144,6 +151,8 @@ def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say
     try:
         if not ground.dataset.heldout:
             raise UserError("data.heldout = 0: there is nothing to evaluate on; set it above 0")
+        if of_run:
+            ground = _unseen(ground, folder, say)
         _, engine = load_engine(ground)
         summary = evaluate(ground, engine, target, 0)
         engine.close()
@@ -152,6 +161,29 @@ def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say
             ground.rewarder.close()
     say(f"completions: {target.completions}")
     return summary
+
+
+def _unseen(ground: Ground, folder: Path, say: Say) -> Ground:
+    """`ground` without the held-out problems that the run in `folder` trained on, where it splits in another way.
+
+    Raises UserError if none is left.
+    """
+    trained = load_run(str(folder / "run.yaml"))
+    if (trained.data, trained.seed) == (ground.run.data, ground.run.seed):
+        return ground  # one split is disjoint in itself
+    try:
+        seen = {problem.id for problem in data.load(trained.data, seed=trained.seed, say=lambda line: None).train}
+    except UserError as error:
+        say(f"the run's own training problems cannot be read, so some of these may be among them: {error}")
+        return ground
+    asked = ground.dataset.heldout
+    kept = tuple(problem for problem in asked if problem.id not in seen)
+    if not kept:
+        raise UserError(f"eval: the run in {folder} trained on every one of the {len(asked)} held-out problems; "
+                        "evaluate on other data, or leave data and seed as the run has them")
+    if len(kept) < len(asked):
+        say(f"{len(asked) - len(kept)} of {len(asked)} held-out problems left out: the run trained on them")
+    return replace(ground, dataset=replace(ground.dataset, heldout=kept))
 
 
 def _unused(path: Path) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from safetensors import SafetensorError
@@ -15,11 +17,13 @@ from selftaught.session import Session
 
 
 def finish(session: Session) -> dict[str, Any]:
-    """Write results.json, final/ and report.html; returns the results ({} where nothing was held out)."""
+    """Write results.json, final/ and report.html; returns the results ({} where nothing was held out or is left)."""
     ground, folder = session.parts.ground, session.folder
     found: dict[str, Any] = {}
     if ground.dataset.heldout:
-        found = results(ground, folder, session.done, session.seconds)
+        with outliving(session, "results.json"):
+            found = results(ground, folder, session.done, session.seconds)
+    if found:
         if session.best is not None:
             found["best"] = {"step": session.best[0], "measure": ground.run.eval.best, "value": session.best[1]}
         folder.write_results(found)
@@ -27,10 +31,10 @@ def finish(session: Session) -> dict[str, Any]:
             session.progress.say(line)
     if ground.run.report.html:
         session.trackers.close()
-        with folder.surviving("report.html"):
+        with outliving(session, "report.html"), folder.surviving("report.html"):
             write_report([folder.path], folder.path / "report.html")
             write_curves([folder.path], folder.path / "curves.png")
-        session.progress.say(f"report: {folder.path / 'report.html'}")
+            session.progress.say(f"report: {folder.path / 'report.html'}")
     save_model(session, found)
     session.progress.say(f"model:  {folder.final}")
     if session.best is not None and session.best[0] != session.done:
@@ -38,6 +42,15 @@ def finish(session: Session) -> dict[str, Any]:
         session.progress.say(f"best:   {ground.run.eval.best} {value:.3f} after step {step}, kept in "
                              f"{folder.checkpoints / f'step-{step}'}")
     return found
+
+
+@contextmanager
+def outliving(session: Session, name: str) -> Iterator[None]:
+    """Around what is made of the log: where a full disk has left holes in it, say so and go on to the model."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        session.progress.warn(f"{name} cannot be made: {error}; the run ends without it")
 
 
 def save_model(session: Session, found: dict[str, Any]) -> None:
@@ -59,5 +72,6 @@ def save_model(session: Session, found: dict[str, Any]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(work, ignore_errors=True)
         kept = "its checkpoint is whole" if session.saved == session.done else "its last checkpoint failed too"
+        remedy = "give the same command with --resume" if session.checkpoints.steps() else "begin anew with another out"
         raise UserError(f"{folder.final} cannot be written ({error}); the training is done and {kept}: free some space "
-                        "and give the same command with --resume") from error
+                        f"and {remedy}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from selftaught.assemble import Ground, device_of
-from selftaught.score.hub import resolve
+from selftaught.score.hub import load_config
 from selftaught.vocabulary import CHUNK_ELEMENTS
 
 GB = 1e9
@@ -43,10 +43,10 @@ class Forecast:
 
 def forecast(ground: Ground) -> Forecast:
     """Tokens exactly, memory by formula (within a fifth or so of what is measured); reads no weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     run = ground.run
-    config = AutoConfig.from_pretrained(resolve(run.model))
+    config = load_config(run.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     count = sum(p.numel() for p in model.parameters())

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import stdev
 
 import torch
 from torch import Tensor
 
+from selftaught.credit import broadcast
 from selftaught.credit.group import relative
 from selftaught.records import Batch, Credit, Rollout, Verdict
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Rewards, statuses and lengths of one step's rollouts."""
+    """Rewards, statuses and lengths of one step's rollouts; `verdicts` is empty where the run has no reward.
+
+    `reward_std` is TRL's: the mean over groups of the unbiased standard deviation within the group, 0 for one score.
+    """
     lengths = torch.tensor([float(len(rollout.token_ids)) for rollout in rollouts])
     metrics = {
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
         "completions/clipped_ratio": sum(r.finish == "length" for r in rollouts) / len(rollouts),
-        "num_tokens": lengths.sum().item(),
+        "completions/tokens": lengths.sum().item(),
     }
     scores = torch.tensor([v.score for v in verdicts if v.score is not None])
     if scores.numel():
         metrics["reward"] = scores.mean().item()
-        metrics["reward_std"] = scores.std(unbiased=False).item()
+        groups: dict[str, list[float]] = {}
+        for rollout, verdict in zip(rollouts, verdicts, strict=True):
+            if verdict.score is not None:
+                groups.setdefault(rollout.problem.id, []).append(verdict.score)
+        metrics["reward_std"] = sum(stdev(group) if len(group) > 1 else 0.0 for group in groups.values()) / len(groups)
         reward = torch.tensor([float("nan") if v.score is None else v.score for v in verdicts])
         names = {rollout.problem.id: i for i, rollout in enumerate(rollouts)}
         group = torch.tensor([names[rollout.problem.id] for rollout in rollouts])
@@ -51,8 +60,9 @@ def token_metrics(batch: Batch, credit: Credit, found: Sequence[Mapping[str, Ten
         metrics["sampling/sampling_logp_difference/mean"] = gap.mean().item()
         metrics["sampling/sampling_logp_difference/max"] = gap.max().item()
     constants = {f"{name}": value for name, value in credit.items() if name not in ("counted", "logp_old")}
+    taught = counted if batch.tokens.privileged is None else counted & broadcast(batch.tokens.privileged, batch.tokens)
     for name, value in {**constants, **merged}.items():
-        kept = value[counted].float()
+        kept = value[taught if name == "gap" else counted].float()  # without a privilege there is no teacher to differ
         if not kept.numel():
             continue
         label = name if name == "entropy" else f"method/{name}"

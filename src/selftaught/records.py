@@ -54,7 +54,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses were drawn. The defaults sample from the model's own distribution, untruncated."""
+    """How responses were drawn. The defaults sample from the model's own distribution, untruncated.
+
+    Temperature 0 takes the likeliest token (greedy); its log-probs are those under temperature 1.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0

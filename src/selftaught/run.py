@@ -95,8 +95,7 @@ class Run(Section):
         if "group" in method.needs and self.rollout.num_generations < 2:
             raise UserError(f"rollout.num_generations = {self.rollout.num_generations}: method {method.name!r} "
                             "compares the rollouts of a group and needs at least 2")
-        truncated = self.rollout.top_p < 1 or self.rollout.top_k is not None
-        if truncated and not self.rollout.allow_truncated_support:
+        if self.rollout.truncated and not self.rollout.allow_truncated_support:
             raise UserError("rollout.top_p, rollout.top_k: the sampler would draw from fewer tokens than the scorer "
                             "counts, so log-probs would not be of one distribution; sample untruncated, or set "
                             "rollout.allow_truncated_support=true")
@@ -171,8 +170,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
         inner = node.get(key)
         if isinstance(inner, str) and key in SHORT:
             inner = {SHORT[key]: inner}
-        elif isinstance(inner, str) and key == "reward":
-            inner = {"parts": [{"name": inner}]}
+        elif isinstance(inner, str | list) and key == "reward":
+            parts = inner if isinstance(inner, list) else [inner]
+            inner = {"parts": [{"name": part} if isinstance(part, str) else part for part in parts]}
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):

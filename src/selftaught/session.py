@@ -60,18 +60,29 @@ class Place:
 
     @classmethod
     def take(cls, run: Run, resume: bool, progress: Progress) -> Place:
-        """Raises UserError where the folder holds another run, another recipe's, or only broken checkpoints."""
+        """Raises UserError where the folder holds another run, another recipe's, only broken checkpoints, or a run that
+        has ended and left none.
+        """
         folder = RunFolder(run.out, resume=resume, warn=progress.warn)
         checkpoints = Checkpoints(folder.checkpoints, run.checkpoint.keep, progress.warn)
         start = checkpoints.newest() if resume else None
-        if start is not None:
+        if resume and start is None:
+            cls._refuse_to_begin(folder, checkpoints)
+            progress.say(f"nothing to resume in {folder.path}: the run begins")
+        if start is not None or (resume and (folder.path / "run.yaml").exists()):
             folder.write_run(run.resolved(), may_change=MAY_CHANGE)
-        elif resume and checkpoints.steps():
+        return cls(folder, checkpoints, start, resume)
+
+    @staticmethod
+    def _refuse_to_begin(folder: RunFolder, checkpoints: Checkpoints) -> None:
+        """A run begins where there is no checkpoint, unless that would throw away what an earlier one made."""
+        if checkpoints.steps():
             raise UserError(f"resume: no checkpoint in {folder.checkpoints} is whole; mend one, or begin anew with "
                             "another out")
-        elif resume:
-            progress.say(f"nothing to resume in {folder.path}: the run begins")
-        return cls(folder, checkpoints, start, resume)
+        ended = next((path for path in (folder.final, folder.path / "results.json") if path.exists()), None)
+        if ended is not None:
+            raise UserError(f"resume: this run has ended ({ended} is there) and has no checkpoints to go on from; "
+                            "use what it made, or begin anew with another out")
 
     @property
     def resumed_step(self) -> int | None:
@@ -83,9 +94,8 @@ class Place:
         if self.resume:
             self.folder.truncate(self.start.step if self.start else -1)
         if self.start is None:
-            for left in ("run.yaml", "versions.json"):
-                (self.folder.path / left).unlink(missing_ok=True)
-            self.folder.write_run(run.resolved())
+            (self.folder.path / "versions.json").unlink(missing_ok=True)
+            self.folder.write_run(run.resolved(), may_change=MAY_CHANGE)
         self.folder.write_versions(versions())
 
 

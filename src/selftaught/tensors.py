@@ -199,6 +199,22 @@ def _costs(prompts: list[tuple[int, ...]], response: tuple[int, ...], seen: list
             for prompt, known, common in zip(prompts, seen, commons, strict=True)]
 
 
+def split_padded(contexts: Sequence[Sequence[tuple[int, ...]]], responses: Sequence[tuple[int, ...]],
+                 budget: int) -> Iterator[list[int]]:
+    """As `split_by_budget` for one padded row per rollout: a view costs its rows times the longest of them."""
+    current: list[int] = []
+    longest = 0
+    for index, response in enumerate(responses):
+        row = max(len(view[index]) for view in contexts) + len(response) - 1
+        longest = max(longest, row)
+        if current and (len(current) + 1) * longest > budget:
+            yield current
+            current, longest = [], row
+        current.append(index)
+    if current:
+        yield current
+
+
 def offsets(lengths: Iterable[int]) -> list[int]:
     """[0, l0, l0 + l1, ...]."""
     out = [0]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Run | None = None, *, resume:
           overrides: Sequence[str] = (), console: Console | None = None, **sections: Any) -> Finished:
     """Train by a recipe, by keyword sections with the recipe's names, or by a recipe with sections in their place.
 
-        selftaught.train(model="Qwen/Qwen3-1.7B", data="mine.jsonl", reward=my_function, method="rlsd")
+        selftaught.train(model="Qwen/Qwen3-1.7B", data="mine.jsonl", reward=my_function,
+                         method="rlsd", privilege="answer")
 
     `reward` may be a function in TRL's keyword form. Returns the finished run; its folder holds `final/`. With `resume`
     it goes on from the newest whole checkpoint; where there is no run yet, it begins one.
@@ -82,10 +84,19 @@ def train(recipe: str | Path | Mapping[str, Any] | Run | None = None, *, resume:
 def loop(session: Session, interrupts: Interrupts) -> None:
     """From the step that is next to the last one, or to a signal."""
     run = session.parts.ground.run
+    if run.rollout.truncated:
+        session.progress.warn("rollout.top_p, rollout.top_k: sampled from fewer tokens than are scored, so "
+                              "rollout.max_logp_gap cannot be checked")
     if session.done == 0 and session.saved is None:
         session.record(session.evaluate())
     while session.done < run.optim.steps and interrupts.caught is None:
-        metrics = step(session)
+        cursor = copy(session.parts.cursor)
+        try:
+            metrics = step(session)
+        except UserError:  # of a step that updated nothing: what was done before it is kept
+            session.parts = replace(session.parts, cursor=cursor)
+            session.save()
+            raise
         session.done += 1
         if (run.eval.every and session.done % run.eval.every == 0) or session.done == run.optim.steps:
             metrics |= session.evaluate()
@@ -136,17 +147,18 @@ def step(session: Session) -> dict[str, float]:
         loss += reduced.loss.item()
         found.append(reduced.metrics)
     metrics |= {"loss": loss} | token_metrics(batch, credit, found)
-    refuse_gap(metrics, run.rollout.max_logp_gap)
+    if not run.rollout.truncated:
+        refuse_gap(metrics, run.rollout.max_logp_gap)
     metrics |= parts.optimizer.step(number)                                                     # clip, AdamW
     parts.optimizer.zero_grad()                                                                 # frees it for sampling
     parts.teachers.update(number, skipped=bool(metrics["skipped"]))
     engine.sync(parts.backbone.model.named_parameters(), number + 1)
     metrics["time/update"] = session.clock("updating", updated)
 
-    metrics |= rollout_metrics(rollouts, verdicts) | parts.teachers.distances()
+    metrics |= rollout_metrics(rollouts, verdicts if ground.rewarder else ()) | parts.teachers.distances()
     metrics |= describe(privileges) if ground.privileged else {}
     metrics["step_time"] = time.monotonic() - began
-    metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["step_time"]
+    metrics["tokens_per_second"] = metrics["completions/tokens"] / metrics["step_time"]
     health, sentences = session.health.check(metrics)
     for sentence in sentences:
         session.progress.warn(f"step {number + 1}: {sentence}")

@@ -8,13 +8,17 @@ from selftaught.records import Section
 
 
 class EvalConfig(Section):
-    """When and how held-out problems are answered and measured."""
+    """When and how held-out problems are answered and measured.
+
+    pass@k and maj@k count the responses of status "right", as the first part of the reward gives it (a function that
+    returns a number: from 1.0 on); mean@k is the mean of the whole weighted score.
+    """
 
     every: int | None = Field(None, ge=1, description="evaluate every so many steps; None: only before and after")
     samples: int = Field(8, ge=1, description="responses drawn for each problem (n of pass@k)")
     k: tuple[int, ...] = Field((1, 8), description="the k of pass@k, maj@k and mean@k; none above `samples`")
     problems: int | None = Field(None, ge=1, description="held-out problems to use, the first so many; None: all")
-    temperature: float = Field(1.0, ge=0.0, description="sampling temperature")
+    temperature: float = Field(1.0, ge=0.0, description="sampling temperature; 0: the likeliest token (greedy)")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus of the sampling; 1: untruncated")
     top_k: int | None = Field(None, ge=1, description="sample among the k likeliest tokens; None: untruncated")
     max_completion_length: int | None = Field(None, ge=1, description="tokens of a response; None: the rollout's own")

@@ -10,12 +10,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from selftaught.records import Status
+
 Row = Mapping[str, Any]
+STATUSES = get_args(Status)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -88,13 +91,26 @@ def best_constant(rows: Iterable[Row]) -> dict[str, Any]:
     return {"value": count / sum(counts.values()), "answer": answer}
 
 
+def is_right(row: Row, threshold: float) -> bool:
+    """Whether a sample counts as right: its verifier's status says so, however the parts of a reward add up.
+
+    Only a row without a status, of a file from elsewhere, is judged by its score: right from `threshold` on. One
+    without a score is not right.
+    """
+    if row["score"] is None:
+        return False
+    if row.get("status") in STATUSES:
+        return bool(row["status"] == "right")
+    return bool(row["score"] >= threshold)
+
+
 def per_problem(rows: Sequence[Row], ks: Sequence[int], threshold: float) -> dict[str, float]:
     """Every measure of one problem, by name, from its rows in order of `sample`; NaN where it has no value.
 
-    A sample is right where its score is at least `threshold`; one without a score is not right.
+    Which samples are right: see `is_right`.
     """
     n = len(rows)
-    right = [row["score"] is not None and row["score"] >= threshold for row in rows]
+    right = [is_right(row, threshold) for row in rows]
     answers = [_text(row.get("answer")) for row in rows]
     given = [answer for answer in answers if answer is not None]
     tokens = [row["tokens"] for row in rows if row.get("tokens") is not None]

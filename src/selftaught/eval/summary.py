@@ -21,6 +21,8 @@ Summary = dict[str, Any]
 def summarise(rows: Sequence[Row], ks: Iterable[int], *, seed: int = 0, threshold: float = 1.0) -> Summary:
     """The measures of one evaluation.
 
+    A sample is right where its saved `status` is "right": the first part of the reward says so, and a user's function
+    that returns a number does from 1.0 on. Where no status is saved, it is right from the score `threshold` on.
     `pass@k`, `maj@k` and `mean@k` for each k, `distinct_answers`, `length` (tokens) and `truncated` (share)
     are {value, low, high}: the mean over problems and its 95 % percentile bootstrap interval over problems;
     None where the rows do not say. `best_constant` is {value, answer}, `status` counts samples, `problems`

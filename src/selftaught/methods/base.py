@@ -6,10 +6,13 @@ import dataclasses
 import importlib
 import importlib.util
 import pkgutil
+import sys
+import zlib
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -19,6 +22,7 @@ from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
 NOT_METHODS = {"base", "objective"}
+PARTS = ("name", "needs", "views", "scores", "credit", "loss")  # what every method has
 
 
 class Method(Protocol):
@@ -66,35 +70,59 @@ def method_class(name: str) -> Any:
     """The class of a shipped method, of `file.py:Class` or `module:Class`, or of an entry point.
 
     Raises:
-        UserError: an unknown name; it says which is nearest.
+        UserError: an unknown name (the nearest is named), or a class that is no whole method.
     """
     if name in registry():
         return registry()[name]
-    if ":" in name:
-        return _imported(name)
     external = {point.name: point for point in entry_points(group="selftaught.methods")}
-    if name in external:
-        return external[name].load()
-    raise UserError(f"unknown method {name!r}; {nearest(name, [*registry(), *external])}")
+    if ":" not in name and name not in external:
+        raise UserError(f"unknown method {name!r}; {nearest(name, [*registry(), *external])}")
+    cls = _imported(name) if ":" in name else external[name].load()
+    _check_whole(name, cls)
+    return cls
 
 
 def _imported(name: str) -> Any:
     where, _, attribute = name.partition(":")
     try:
-        if where.endswith(".py"):
-            if not Path(where).is_file():
-                raise UserError(f"method {name!r}: there is no file {where!r}")
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
+        module = _file(name, Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        kind = "" if isinstance(error, ImportError | SyntaxError) else f"{type(error).__name__}: "
+        raise UserError(f"method {name!r} cannot be imported: {kind}{error}") from error
+    try:
         return getattr(module, attribute)
-    except (ImportError, SyntaxError) as error:
-        raise UserError(f"method {name!r} cannot be imported: {error}") from error
     except AttributeError as error:
         raise UserError(f"method {name!r}: {where} has no {attribute!r}") from error
+
+
+def _file(name: str, path: Path) -> ModuleType:
+    """The module in a file, read anew: one that was edited in the meantime counts as it is now."""
+    if not path.is_file():
+        raise UserError(f"method {name!r}: there is no file {str(path)!r}")
+    # A name of its own for every path. The module must be registered: dataclasses look up its annotations there.
+    registered = f"selftaught_method_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    spec = importlib.util.spec_from_file_location(registered, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[registered] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[registered]
+        raise
+    return module
+
+
+def _check_whole(name: str, cls: Any) -> None:
+    """Refuse (UserError) what is no dataclass with all that a `Method` must have."""
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise UserError(f"method {name!r} is no dataclass; write it as a class under @dataclass(frozen=True)")
+    has = {field.name for field in dataclasses.fields(cls)}
+    missing = [part for part in PARTS if part not in has and not hasattr(cls, part)]
+    if missing:
+        raise UserError(f"method {name!r} lacks {', '.join(missing)}; a method has {', '.join(PARTS)}")
 
 
 def method_fields(cls: type) -> dict[str, Any]:
@@ -113,7 +141,10 @@ def build(name: str, **fields: Any) -> Method:
     """
     cls = method_class(name)
     known = method_fields(cls)
-    defaults = cls().views
+    try:
+        defaults = cls().views
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method {name!r} cannot be made with its fields at their defaults: {error}") from error
     changed = {view: _changed(name, view, defaults[view], fields.pop(view)) for view in list(fields)
                if view in defaults and isinstance(fields[view], Mapping)}
     for field in fields:

@@ -47,7 +47,7 @@ class OptimConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """The recipe's `checkpoints:` section."""
+    """The recipe's `checkpoint:` section."""
 
     every: int = Field(10, gt=0, description="Steps between two checkpoints.")
     keep: int = Field(2, gt=0, description="How many of the newest stay on disk; the best one stays besides.")

@@ -122,8 +122,7 @@ def _ranked(config: PrivilegeConfig, group: Sequence[tuple[Rollout, Verdict]], k
     One ranking serves the whole group, so that all its failures share one demonstration and hence one prompt.
     """
     successes = sorted(
-        (rollout for rollout, verdict in group if verdict.score is not None and verdict.score >= config.threshold),
-        key=lambda rollout: rollout.sample,
+        (rollout for rollout, verdict in group if _succeeded(config, verdict)), key=lambda rollout: rollout.sample
     )
     if config.choose == "random":
         random.Random(key).shuffle(successes)
@@ -134,6 +133,13 @@ def _ranked(config: PrivilegeConfig, group: Sequence[tuple[Rollout, Verdict]], k
         for rollout in successes
     ]
     return [(sample, text) for sample, text in shown if text]
+
+
+def _succeeded(config: PrivilegeConfig, verdict: Verdict) -> bool:
+    """By its status, unless a threshold is set: a wrong answer can have a high weighted sum, a right one a low."""
+    if verdict.score is None:
+        return False
+    return verdict.status == "right" if config.threshold is None else verdict.score >= config.threshold
 
 
 def _demonstration(config: PrivilegeConfig, rollout: Rollout, ranked: Sequence[tuple[int, str]]) -> str | None:

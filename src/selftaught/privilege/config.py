@@ -46,7 +46,9 @@ class PrivilegeConfig(Section):
     choose: Literal["first", "random", "shortest"] = Field("first", description="demonstration: which success")
     exclude_self: bool = Field(True, description="demonstration: never a rollout's own text")
     strip_thinking: bool = Field(True, description="demonstration: without <think>...</think>")
-    threshold: float = Field(1.0, description="demonstration: a sibling succeeded from this score on")
+    threshold: float | None = Field(
+        None, description="demonstration: a sibling succeeded from this score on; empty: where its status is right"
+    )
 
     @field_validator("template")
     @classmethod

@@ -91,7 +91,12 @@ class RewardConfig(Section):
     """How rollouts are scored: a weighted sum of parts, of which the first is the main one.
 
     Short forms: `reward: gym`, `reward: rewards.py:score`, `reward: {name: numeric, tolerance: 0.01}` and
-    `reward: [{name: math, weight: 0.9}, {name: format, pattern: "^<think>.*</think>", weight: 0.1}]`.
+    `reward: [{name: math, weight: 0.9}, {name: format, pattern: "^<think>.*</think>", weight: 0.1}]`. In the third,
+    fields of this section may stand beside those of the part.
+
+    A function gets every column of the data by its own name, and as `answer` and `solution` what the run found to be
+    them, the same as the built-in verifiers compare with; a column of such a name that says something else (GSM8K's
+    whole working) is `raw_answer` or `raw_solution`. A number that it returns is right from 1.0 on.
     """
 
     parts: tuple[RewardPart, ...] = Field(min_length=1, description="The terms; the first one gives status and answer.")
@@ -110,7 +115,8 @@ class RewardConfig(Section):
         if isinstance(value, (list, tuple)):
             return {"parts": tuple({"name": part} if isinstance(part, str) else part for part in value)}
         if isinstance(value, Mapping) and "name" in value and "parts" not in value:
-            return {"parts": (value,)}
+            ours = {key: item for key, item in value.items() if key in cls.model_fields}
+            return {"parts": ({key: item for key, item in value.items() if key not in ours},), **ours}
         return value
 
     @classmethod

@@ -148,9 +148,21 @@ def _item(
 
 
 def columns_of(problem: Problem) -> dict[str, Any]:
-    """Every column by its own name, and `answer` and `solution` under those names."""
-    named = {"answer": problem.answer, "solution": problem.solution}
-    return {**{name: value for name, value in named.items() if value is not None}, **problem.columns}
+    """Every column by its own name; `answer` and `solution` are the problem's own, as the built-in verifiers read them.
+
+    A column of such a name that says something else (GSM8K's `answer`: the working and "#### 42") is under
+    `raw_answer` or `raw_solution`. One that says the same keeps its type: 42, not "42".
+    """
+    columns = dict(problem.columns)
+    for name, value in (("answer", problem.answer), ("solution", problem.solution)):
+        raw = columns.get(name)
+        text = json.dumps(raw, ensure_ascii=False, default=str) if isinstance(raw, (list, dict)) else str(raw)
+        if value is None or text == value:
+            continue
+        if raw is not None:
+            columns.setdefault(f"raw_{name}", raw)
+        columns[name] = value
+    return columns
 
 
 def plain(value: Any) -> Any:

@@ -29,6 +29,11 @@ class RolloutConfig(Section):
                                 "log-probs of a batch above which a run stops: they are not the same model")
     max_rows: int = Field(128, ge=1, description="responses decoded at once by the built-in engine")
 
+    @property
+    def truncated(self) -> bool:
+        """Does the sampler draw from fewer tokens than the scorer counts?"""
+        return self.top_p < 1 or self.top_k is not None
+
     def sampling(self) -> Sampling:
         """What is recorded in every rollout."""
         return Sampling(self.temperature, self.top_p, self.top_k, self.max_completion_length, self.stop)

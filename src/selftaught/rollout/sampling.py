@@ -21,6 +21,15 @@ def truncate(logits_BV: Tensor, top_k: int | None, top_p: float) -> Tensor:
     return logits_BV
 
 
+def greedy(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """Temperature 0: the likeliest token of each row, and its log-prob under temperature 1 (untruncated): (B,), (B,).
+
+    Under temperature 0 itself every log-prob would be 0, which says nothing of the model.
+    """
+    best = logits_BV.max(dim=-1)
+    return best.indices, best.values - torch.logsumexp(logits_BV, dim=-1)
+
+
 def draw(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """One token per row by inverse transform of `uniform` in [0, 1), and its log-prob: (B,), (B,).
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from selftaught.records import Finish, Request, Rollout, Sampling
 from selftaught.rollout.cache import DecodeCache
 from selftaught.rollout.engine import uniforms
-from selftaught.rollout.sampling import draw, truncate
+from selftaught.rollout.sampling import draw, greedy, truncate
 
 MARGIN = 4  # tokens decoded beyond the length of a stop string: they may be cut inside a character, or be special
 DROP_SHARE = 8  # finished rows leave the batch once they are an eighth of it
@@ -142,9 +142,12 @@ class TransformersEngine:
         self._close_texts(rows)
 
     def _draw(self, active: list[_Row], logits: Tensor, position: int, sampling: Sampling) -> Tensor:
-        scaled = truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-        uniform = torch.tensor([row.uniform[position] for row in active], dtype=torch.float64, device=logits.device)
-        token, logp = draw(scaled, uniform)
+        if sampling.temperature == 0:
+            token, logp = greedy(logits)
+        else:
+            scaled = truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+            uniform = torch.tensor([row.uniform[position] for row in active], dtype=torch.float64, device=logits.device)
+            token, logp = draw(scaled, uniform)
         for row, t, p in zip(active, token.tolist(), logp.tolist(), strict=True):
             if row.finish is None:
                 row.tokens.append(t)

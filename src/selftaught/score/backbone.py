@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch.func import functional_call
 from selftaught.errors import UserError
 from selftaught.records import Section
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
-from selftaught.tensors import Packed, pack
+from selftaught.tensors import Packed, pack, upcast
 from selftaught.vocabulary import Head, project
 
 PROBE_TOLERANCE = 1e-3  # of the largest logit; in float32 layouts differ by the order of sums alone
@@ -53,6 +54,8 @@ class Backbone:
         bias = getattr(embeddings, "bias", None)
         self._head = names[id(embeddings.weight)], None if bias is None else names[id(bias)]
         self._scale, self._softcap = _logit_transform(self.config)
+        self._frozen = 0  # how many `frozen` blocks are open
+        self._upcast: Head | None = None  # the head in float32, until the last of them closes
         recurrent = "cache_params" in inspect.signature(self._base.forward).parameters  # as Mamba calls its state
         self._cache = "cache_params" if recurrent else "past_key_values"
 
@@ -72,8 +75,16 @@ class Backbone:
                     self._scale, self._softcap)
 
     def logits(self, hidden_nH: Tensor) -> Tensor:
-        """(n, V) in float32, under the model's own weights."""
-        return project(hidden_nH, self.head())
+        """(n, V) in float32, under the model's own weights.
+
+        Inside `frozen`, where weights do not change, the head's float32 copy is made once: it is needed at every token.
+        """
+        head = self.head()
+        if self._frozen and head.weight.dtype != upcast(head.weight[:0]).dtype:
+            if self._upcast is None:
+                self._upcast = replace(head, weight=upcast(head.weight.detach()))
+            head = self._upcast
+        return project(hidden_nH, head)
 
     def hidden(self, packed: Packed, weights: Named | None = None) -> Tensor:
         """The hidden states (N, H) that predict each scored token, in rollout order."""
@@ -127,12 +138,16 @@ class Backbone:
     def frozen(self) -> Iterator[None]:
         """Dropout off and no gradient, whatever mode the student is in; its mode comes back afterwards."""
         training = {module for module in self.model.modules() if module.training}
+        self._frozen += 1
         try:
             if training:
                 self.model.eval()
             with torch.no_grad():
                 yield
         finally:
+            self._frozen -= 1
+            if not self._frozen:
+                self._upcast = None
             for module in training:
                 module.training = True
 

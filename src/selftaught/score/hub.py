@@ -1,7 +1,7 @@
 """Where models come from: a folder, the Hub, or the small model that ships in a package. Weights are safetensors only.
 
 `resolve` turns a recipe's `model` into a place, `check_model` refuses what cannot work before any weight is read, and
-`load_tokenizer` and `load_model` load it. No code that comes with a model is ever run.
+`load_config`, `load_tokenizer` and `load_model` load it. No code that comes with a model is ever run.
 """
 
 from __future__ import annotations
@@ -72,6 +72,15 @@ def load_tokenizer(name: str) -> Any:
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(name: str) -> Any:
+    """The configuration of model `name`; no weight is read."""
+    from transformers import AutoConfig
+
+    place = resolve(name)
+    with told_plainly(name), quiet():
+        return AutoConfig.from_pretrained(str(place), trust_remote_code=False, local_files_only=only_local(place))
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device | str, attn: str = "sdpa") -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selftaught.records import Batch, View
 from selftaught.score.backbone import Backbone, Named
-from selftaught.tensors import offsets, pack, split_by_budget
+from selftaught.tensors import offsets, pack, split_by_budget, split_padded
 from selftaught.vocabulary import Head, sampled_log_probs
 
 STUDENT = View("live", "plain")
@@ -39,7 +39,8 @@ class Scorer:
         """Micro-batches in order; every view of each fits the budget."""
         contexts = [batch.contexts[c] for c in sorted({view.context for view in self.views.values()})]
         ends = offsets(map(len, batch.responses))
-        for rollouts in split_by_budget(contexts, batch.responses, self.token_budget):
+        split = split_padded if self.backbone.layout == "plain" else split_by_budget
+        for rollouts in split(contexts, batch.responses, self.token_budget):
             yield Micro(rollouts, slice(ends[rollouts[0]], ends[rollouts[-1] + 1]))
 
     def hidden(self, batch: Batch, micro: Micro) -> dict[str, Tensor]:
