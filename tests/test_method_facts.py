@@ -6,19 +6,24 @@ holds what does, and shows the paper's version failing.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
+import selftaught
+from own import make_home, recipe_of
 from selftaught.credit import routes, trapezoid
 from selftaught.errors import UserError
 from selftaught.loss import barycenter, clipped_surrogate, js, kl, mixture, reference_penalty, with_tail
-from selftaught.methods import build, method_fields, objective
+from selftaught.methods import build, method_fields, names, objective
 from selftaught.methods.base import method_class
 from selftaught.records import TokenBatch
 from selftaught.run import make_run
@@ -496,3 +501,21 @@ def test_the_trainer_refuses_an_external_view_by_name_and_takes_the_same_method_
         make_run({**recipe, "method": name})
     run = make_run({**recipe, "method": {"name": name, "teacher": {"weights": "initial"}}})
     assert run.method.build().views["teacher"].weights == "initial"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("methods"))
+
+
+@pytest.mark.parametrize("name", sorted({*names()} - {"grpo", "rlsd", "opsd"}))
+def test_every_method_trains(name: str, home: Path) -> None:
+    external = any(view.weights == "external" for view in build(name).views.values())
+    fields: dict[str, Any] = {"teacher": {"weights": "initial"}} if external else {}
+    if name == "sdft":
+        fields["skip"] = 0
+    recipe = recipe_of(home, out=str(home / name), method={"name": name, **fields}, optim={"steps": 2})
+    run = selftaught.train(recipe, console=Console(quiet=True))
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    done = [row for row in rows if "loss" in row]
+    assert len(done) == 2 and all(math.isfinite(row["loss"]) and not row["skipped"] for row in done)
