@@ -82,6 +82,7 @@ class Run(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Run:
         method = self.method.build()
+        _refuse_external(method)
         check_views(method.views)
         privileged = [name for name, view in method.views.items() if view.context == "privileged"]
         if privileged and self.privilege is None:
@@ -111,6 +112,16 @@ class Run(Section):
     def resolved(self) -> dict[str, Any]:
         """The whole run as plain data: what `run.yaml` holds."""
         return self.model_dump(mode="json", serialize_as_any=True)
+
+
+def _refuse_external(method: Method) -> None:
+    """Raise UserError for a view that is scored by another model than the student: the trainer holds one alone."""
+    for name, view in method.views.items():
+        if view.weights == "external":
+            raise UserError(f"method {method.name!r}: its view {name!r} is an external model, which the trainer cannot "
+                            f"hold yet; views that work here are live, initial, ema and snapshot, for example "
+                            f"method.{name}.weights=initial; `objective` and `chunked_objective` take logits or "
+                            "hidden states of any view")
 
 
 def recipe_names() -> list[str]:

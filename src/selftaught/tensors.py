@@ -80,7 +80,7 @@ class Local:
         return x
 
     def quantile(self, x: Tensor, q: float) -> Tensor:
-        return torch.quantile(x, q)
+        return torch.quantile(x, q) if x.numel() else x.new_zeros(())
 
 
 LOCAL: Reducer = Local()

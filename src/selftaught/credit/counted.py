@@ -32,3 +32,11 @@ def base_credit(batch: TokenBatch, *, needs_reward: bool = False, needs_privileg
     if batch.logp_old is not None:
         credit["logp_old"] = batch.logp_old.detach()
     return credit
+
+
+def place_in_rollout(batch: TokenBatch) -> Tensor:
+    """0, 1, 2, ... along each rollout, in the order of the batch's tokens: (N,) int64."""
+    order = torch.argsort(batch.sequence_ids, stable=True)
+    ids = batch.sequence_ids[order]
+    place = torch.arange(ids.shape[0], device=ids.device) - torch.searchsorted(ids, ids)
+    return torch.empty_like(place).scatter_(0, order, place)

@@ -16,8 +16,3 @@ def evidence(teacher_N: Tensor, student_N: Tensor) -> Tensor:
 def evidence_weight(d_N: Tensor, advantage_N: Tensor, eps_w: float) -> Tensor:
     """clip(exp(sign(A) d), 1 - eps_w, 1 + eps_w) (arXiv 2604.03128 eqs. 14 and 15): (N,)."""
     return torch.exp(torch.sign(advantage_N) * d_N).clamp(1 - eps_w, 1 + eps_w)
-
-
-def linear_decay(value: float, step: int, decay: int | None) -> float:
-    """value max(0, 1 - step / decay); constant where `decay` is 0 or None."""
-    return value * max(0.0, 1 - step / decay) if decay else value

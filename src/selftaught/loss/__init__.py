@@ -1,9 +1,27 @@
 """Per-token objectives, unreduced; divergences; surrogates; the chunked vocabulary head; reductions."""
 
 from selftaught.loss.chunked import Reduced, chunked_loss, masked
-from selftaught.loss.divergence import clipped_kl, kl
+from selftaught.loss.divergence import (
+    DIVERGENCES,
+    barycenter,
+    clipped_kl,
+    divergence,
+    floored,
+    js,
+    kl,
+    mixture,
+    with_tail,
+)
 from selftaught.loss.reduction import LossConfig, sampler_correction, token_weights
-from selftaught.loss.surrogate import clipped_surrogate, importance_ratio
+from selftaught.loss.surrogate import (
+    REFERENCE_KLS,
+    capped_ratio,
+    clipped,
+    clipped_surrogate,
+    importance_ratio,
+    reference_penalty,
+)
 
-__all__ = ["LossConfig", "Reduced", "chunked_loss", "clipped_kl", "clipped_surrogate", "importance_ratio", "kl",
-           "masked", "sampler_correction", "token_weights"]
+__all__ = ["DIVERGENCES", "REFERENCE_KLS", "LossConfig", "Reduced", "barycenter", "capped_ratio", "chunked_loss",
+           "clipped", "clipped_kl", "clipped_surrogate", "divergence", "floored", "importance_ratio", "js", "kl",
+           "masked", "mixture", "reference_penalty", "sampler_correction", "token_weights", "with_tail"]

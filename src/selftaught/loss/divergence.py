@@ -6,13 +6,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from selftaught.tensors import product
 
+DIVERGENCES = ("js", "kl_student_teacher", "kl_teacher_student")
+
 
 def kl_terms(logp: Tensor, logq: Tensor) -> Tensor:
-    """The summands P_v log(P_v / Q_v): (n, V)."""
+    """The summands P_v log(P_v / Q_v): (n, V).
+
+    Raises:
+        ValueError: P and Q are over vocabularies of two sizes.
+    """
+    if logp.shape[-1] != logq.shape[-1]:
+        raise ValueError(f"a vocabulary of {logp.shape[-1]} and one of {logq.shape[-1]} have no divergence")
     return product(logp.exp(), logp - logq)
 
 
@@ -28,3 +40,63 @@ def clipped_kl(logp: Tensor, logq: Tensor, clip: float | None) -> Tensor:
     """
     terms = kl_terms(logp, logq)
     return (terms if clip is None else terms.clamp(max=clip)).sum(-1)
+
+
+def js(logp: Tensor, logq: Tensor, weight: float = 0.5) -> Tensor:
+    """weight KL(P||M) + (1 - weight) KL(Q||M), M = weight P + (1 - weight) Q, 0 < weight < 1 (arXiv 2306.13649).
+
+    At most ln 2. Its limits at weight 0 and 1 are 0, not the two KLs: those are functions of their own.
+    """
+    # What M adds to the gradient sums to 0 over the vocabulary, where P and Q are normalised: it may be constant.
+    logm = mixture((logp.detach(), logq.detach()), (weight, 1 - weight))
+    return weight * kl(logp, logm) + (1 - weight) * kl(logq, logm)
+
+
+def divergence(name: str, logt: Tensor, logs: Tensor, weight: float = 0.5) -> Tensor:
+    """One of `DIVERGENCES` between teacher and student; `weight` is the teacher's in js."""
+    if name == "js":
+        return js(logt, logs, weight)
+    return kl(logs, logt) if name == "kl_student_teacher" else kl(logt, logs)
+
+
+def log_sum_exp(x: Tensor, dim: int) -> Tensor:
+    """log sum exp along `dim`; where all entries are -inf it is -inf, without gradient (torch's own has NaN)."""
+    dead = (x == -math.inf).all(dim, keepdim=True)
+    return torch.logsumexp(x.masked_fill(dead, 0.0), dim).masked_fill(dead.squeeze(dim), -math.inf)
+
+
+def mixture(logps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """log sum_k weight_k P_k, as a log-sum-exp: the arithmetic mean of distributions, (n, V)."""
+    return log_sum_exp(torch.stack([p + math.log(w) for p, w in zip(logps, weights, strict=True)]), 0)
+
+
+def barycenter(logp: Tensor, logq: Tensor, share_n: Tensor) -> Tensor:
+    """log of P^(1 - share) Q^share, normalised: the geometric mean, (n, V) (arXiv 2607.02502 eq. 9)."""
+    blend = _times(1 - share_n[:, None], logp) + _times(share_n[:, None], logq)
+    return blend - log_sum_exp(blend, -1)[:, None]
+
+
+def _times(share: Tensor, logp: Tensor) -> Tensor:
+    """share logp, with 0 where the share is 0: P^0 is 1, also of P = 0."""
+    return torch.where(share == 0, torch.zeros_like(logp), share * logp)
+
+
+def with_tail(k: int | None, student: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Log-probs on the student's k likeliest tokens, and one bucket with the rest of each: (n, k + 1) each.
+
+    The tail is the log-sum-exp of the other tokens, never log(1 - sum): that is 0 or NaN in float32 where the k
+    hold nearly everything. Divergences on the buckets are divergences, and never above those on the vocabulary.
+    None, or k of the whole vocabulary: all as they are.
+    """
+    if k is None or k >= student.shape[-1]:
+        return (student, *others)
+    top = student.detach().topk(k, dim=-1).indices
+    return tuple(torch.cat([logp.gather(-1, top), log_sum_exp(logp.scatter(-1, top, -math.inf), -1)[:, None]], -1)
+                 for logp in (student, *others))
+
+
+def floored(floor: float, *logps: Tensor, alive: Tensor) -> tuple[Tensor, ...]:
+    """Log-probs of at least log(floor), not renormalised; a token that all of them and `alive` hold at -inf stays."""
+    dead = torch.stack([*logps, alive.detach()]).eq(-math.inf).all(0)
+    low = math.log(floor) if floor > 0 else -math.inf
+    return tuple(torch.where(dead, logp, logp.clamp(min=low)) for logp in logps)

@@ -1,0 +1,85 @@
+"""DAPO and Dr. GRPO: two mends of GRPO's surrogate (arXiv 2503.14476, 2503.20783)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from selftaught.credit import base_credit, broadcast, group_advantage
+from selftaught.loss import clipped_surrogate
+from selftaught.records import Credit, TokenBatch, TokenLoss, View
+from selftaught.vocabulary import TokenDist
+
+
+@dataclass(frozen=True)
+class DAPO:
+    """GRPO with a clip that leaves unlikely tokens more room to rise.
+
+        A    = (R - mean_g) / (std_g + 1e-6)                                            (eq. 9)
+        rho  = exp(logp - logp_old)
+        loss = -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)                      (eq. 8), dual clip where A < 0
+
+    Its recipe reduces by `token_mean`.
+
+    Deviations: drawing again for groups that are all right or all wrong belongs to `data`, shaping the reward of
+    overlong rollouts to `reward`; neither is done here.
+    Equals: grpo with eps_high=0.28; rlsd with lam=0 when dual_clip is 3.
+    """
+
+    name: ClassVar[str] = "dapo"
+    arxiv: ClassVar[str] = "2503.14476"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
+
+    eps_low: float | None = 0.2
+    eps_high: float | None = 0.28
+    dual_clip: float | None = None
+
+    views: ClassVar[Mapping[str, View]] = {}
+    scores: ClassVar[frozenset[str]] = frozenset()
+
+    def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
+        return {**base_credit(batch, needs_reward=True), "advantage": broadcast(group_advantage(batch), batch)}
+
+    def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
+        return TokenLoss(clipped_surrogate(
+            student.at_sampled, credit.get("logp_old"), credit["advantage"],
+            eps_low=self.eps_low, eps_high=self.eps_high, dual_clip=self.dual_clip,
+        ))
+
+
+@dataclass(frozen=True)
+class DrGRPO:
+    """GRPO without its two divisors: neither easy or hard problems nor short wrong rollouts weigh more.
+
+        A    = R - mean_g
+        rho  = exp(logp - logp_old)
+        loss = -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
+
+    Its recipe reduces by `constant`, with the longest response allowed as `length`.
+
+    Deviations: none.
+    Equals: grpo with scale_by_std=False.
+    """
+
+    name: ClassVar[str] = "dr_grpo"
+    arxiv: ClassVar[str] = "2503.20783"
+    needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
+
+    eps_low: float | None = 0.2
+    eps_high: float | None = 0.2
+
+    views: ClassVar[Mapping[str, View]] = {}
+    scores: ClassVar[frozenset[str]] = frozenset()
+
+    def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
+        advantage = group_advantage(batch, scale_by_std=False)
+        return {**base_credit(batch, needs_reward=True), "advantage": broadcast(advantage, batch)}
+
+    def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
+        return TokenLoss(clipped_surrogate(
+            student.at_sampled, credit.get("logp_old"), credit["advantage"],
+            eps_low=self.eps_low, eps_high=self.eps_high,
+        ))
