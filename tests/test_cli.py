@@ -166,7 +166,7 @@ def test_eval_leaves_out_what_the_run_has_trained_on(home: Path, runs: dict[str,
     (home / "seen.jsonl").write_text("".join(json.dumps(dict(problem.columns)) + "\n" for problem in train))
     said = cli("eval", folder, f"data.source={home / 'seen.jsonl'}", "data.train=8")
     assert said.code == 2 and "trained on every one of the 6 held-out problems" in said.err
-    assert "left out" not in cli("eval", home / "model", home / "grpo.yaml", "seed=3").out  # trained on none
+    assert "left out" not in cli("eval", home / "model", home / "grpo.yaml", "seed=3", f"out={home / 'none'}").out
 
 
 def test_eval_measures_a_model_on_a_recipe(home: Path, runs: dict[str, tuple[Path, Said]]) -> None:
