@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from selftaught.methods import build, method_fields, names, objective
 from selftaught.methods.base import method_class
 from selftaught.records import TokenBatch
 from selftaught.run import make_run
+from tabular import close, distributions, gradient
 
 SEEDS = pytest.mark.parametrize("seed", range(5))
 V = 11
@@ -34,20 +35,6 @@ LENGTHS = (5, 1, 4, 3, 6, 2)
 VIEWS = ("teacher", "reference", "privileged_student")
 PLAIN = {"eps_low": None, "eps_high": None}
 
-
-def distributions(*shape: int, std: float = 1.0) -> Tensor:
-    """Random log-probs, normalised over the last axis."""
-    return (std * torch.randn(*shape, dtype=torch.float64)).log_softmax(-1)
-
-
-def gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """Of a scalar function."""
-    x = at.detach().clone().requires_grad_()
-    return torch.autograd.grad(function(x), x)[0]
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:
-    return bool((a - b).abs().max() <= tolerance)
 
 
 def make_case(seed: int = 0, *, old: bool = False, step: int = 7) -> tuple[TokenBatch, dict[str, Tensor]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,24 +18,11 @@ from selftaught.credit import evidence, evidence_weight, linear_decay
 from selftaught.loss import clipped_surrogate, kl
 from selftaught.methods import build, objective
 from selftaught.records import TokenBatch
+from tabular import close, distributions, gradient
 
 SEEDS = pytest.mark.parametrize("seed", range(5))
 V, R = 6, 4
 
-
-def distributions(*shape: int, std: float = 1.0) -> Tensor:
-    """Random log-probs, normalised over the last axis."""
-    return (std * torch.randn(*shape, dtype=torch.float64)).log_softmax(-1)
-
-
-def gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """Of a scalar function."""
-    x = at.detach().clone().requires_grad_()
-    return torch.autograd.grad(function(x), x)[0]
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:
-    return bool((a - b).abs().max() <= tolerance)
 
 
 # --- T1 and T2: what distilling from many privileged teachers asks of one student -------------------------------------
