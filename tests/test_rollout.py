@@ -328,7 +328,7 @@ class Recited:
     def __init__(self, *said: Ids) -> None:
         self.said = said
 
-    def frozen(self) -> Any:
+    def decoding(self) -> Any:
         return nullcontext()
 
     def step(self, token_ids: Tensor, past: Any) -> tuple[Tensor, Any]:

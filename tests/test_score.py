@@ -18,6 +18,7 @@ from selftaught.methods import Method, batch_credit, build
 from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, Verdict, View
 from selftaught.score import Backbone, Scorer
 from selftaught.score.attention import Segments
+from selftaught.score.thin import thin_linear
 from selftaught.tensors import MIN_COMMON, pack, upcast
 from selftaught.vocabulary import sampled_log_probs
 
@@ -482,3 +483,26 @@ def test_a_bfloat16_model_is_verified_scored_and_trained() -> None:
     _, reference, _ = update(wide, build("opsd"), families.qwen3(1), batch, 60)
     a, b = (torch.cat([g.float().flatten() for g in grads.values()]) for grads in (found, reference))
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
+
+
+# --------------------------------------------------------------------------------------------------- few rows
+
+
+@pytest.mark.parametrize("rows", [(1,), (3,), (4,), (2, 9), (48,), (49,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_on_few_rows_gives_the_numbers_of_the_plain_one(rows: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 7, bias=bias)
+    x = torch.randn(*rows, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(thin_linear(layer, x), layer(x), rtol=0, atol=1e-6)
+        assert thin_linear(layer, x).is_contiguous()
+
+
+def test_decoding_leaves_every_layer_as_it_was_also_after_an_error() -> None:
+    backbone = Backbone(families.llama())
+    layers = [module for module in backbone.model.modules() if isinstance(module, torch.nn.Linear)]
+    with pytest.raises(KeyboardInterrupt), backbone.decoding():
+        assert all("forward" in vars(layer) for layer in layers)
+        raise KeyboardInterrupt
+    assert not any("forward" in vars(layer) for layer in layers)

@@ -30,7 +30,7 @@ class Reduced:
     metrics: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Gradients:
     hidden: Tensor | None
     weight: Tensor | None
@@ -49,6 +49,8 @@ class _Precomputed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         found = (ctx.grads.hidden, ctx.grads.weight, ctx.grads.bias)
+        if scale.item() == 1:  # as of `loss.backward()`: no copy of the head's gradient, the largest tensor here
+            return (None, None, *found)
         return (None, None, *(None if g is None else g * scale.to(g.dtype) for g in found))
 
 
@@ -70,7 +72,7 @@ def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mappin
     bias32 = None if head.bias is None else upcast(head.bias.detach())
     grads = _Gradients(
         torch.zeros_like(student) if needs[0] else None,
-        torch.zeros_like(weight32) if needs[1] else None,
+        None,  # the first chunk makes it: filling it with zeros first would cost as much as a chunk
         torch.zeros_like(bias32) if needs[2] and bias32 is not None else None,
     )
     total = weight32.new_zeros(())
@@ -88,7 +90,7 @@ def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mappin
             out = loss(dist, views, {name: value[rows] for name, value in credit.items()})
             weighted = (masked(out.loss, weight_N[rows]) * weight_N[rows]).sum()
         if any(needs) and weighted.requires_grad:
-            _accumulate(grads, rows, torch.autograd.grad(weighted, raw)[0], h32, weight32)
+            _accumulate(grads, needs[1], rows, torch.autograd.grad(weighted, raw)[0], h32, weight32)
         total += weighted.detach()
         losses.append(out.loss.detach())
         with torch.no_grad():
@@ -97,9 +99,10 @@ def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mappin
                         **{name: value.detach() for name, value in out.metrics.items()}})
     reduced = total
     if any(needs):
-        weight_VH = None if grads.weight is None else grads.weight.to(head.weight.dtype)
-        cast = _Gradients(grads.hidden, weight_VH, grads.bias)
-        reduced = _Precomputed.apply(total, cast, student, head.weight, head.bias)
+        if needs[1]:
+            grads.weight = torch.zeros_like(weight32) if grads.weight is None else grads.weight
+            grads.weight = grads.weight.to(head.weight.dtype)
+        reduced = _Precomputed.apply(total, grads, student, head.weight, head.bias)
     merged = {name: torch.cat([m[name] for m in metrics]) for name in (metrics[0] if metrics else ())}
     return Reduced(reduced, torch.cat(losses) if losses else weight_N.new_zeros(0), merged)
 
@@ -112,10 +115,12 @@ def _view(hidden_nH: Tensor, head: Head, tokens_n: Tensor, temperature: float) -
     return TokenDist(logits, tokens_n, temperature)
 
 
-def _accumulate(grads: _Gradients, rows: slice, grad_nV: Tensor, h32: Tensor, weight32: Tensor) -> None:
+def _accumulate(grads: _Gradients, weight: bool, rows: slice, grad_nV: Tensor, h32: Tensor, weight32: Tensor) -> None:
     if grads.hidden is not None:
         grads.hidden[rows] = (grad_nV @ weight32).to(grads.hidden.dtype)
-    if grads.weight is not None:
+    if weight and grads.weight is None:
+        grads.weight = grad_nV.t() @ h32
+    elif grads.weight is not None:
         grads.weight.addmm_(grad_nV.t(), h32)
     if grads.bias is not None:
         grads.bias.add_(grad_nV.sum(0))

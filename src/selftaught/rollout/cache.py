@@ -39,18 +39,24 @@ class DecodeCache:
         repeat = query.shape[0] // kv_heads
         own_k, own_v = self._append(layer, key, value)
         prompt_k, prompt_v = self._prompt[layer]
-        groups, slots = self._slots.shape[0], self._slots.shape[1]
         q = (query * scaling).transpose(0, 1).reshape(rows, kv_heads, repeat, width)
-        by_group = q[self._slots].transpose(1, 2).reshape(groups, kv_heads, slots * repeat, width)
-        on_prompt = by_group @ prompt_k.transpose(-1, -2)
-        on_prompt = on_prompt.view(groups, kv_heads, slots, repeat, -1).transpose(1, 2)[self._place]
+        on_prompt = self._by_row(self._by_group(q) @ prompt_k.transpose(-1, -2), repeat)
         scores = torch.cat([on_prompt, q @ own_k.transpose(-1, -2)], dim=-1)  # (B, Hkv, repeat, P + written)
         scores = scores.masked_fill(self._hidden(prompt_k.shape[2], window), float("-inf"))
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
         over_prompt, over_own = probs[..., : prompt_k.shape[2]], probs[..., prompt_k.shape[2]:]
-        back = over_prompt[self._slots].transpose(1, 2).reshape(groups, kv_heads, slots * repeat, -1) @ prompt_v
-        back = back.view(groups, kv_heads, slots, repeat, width).transpose(1, 2)[self._place]
+        back = self._by_row(self._by_group(over_prompt) @ prompt_v, repeat)
         return (back + over_own @ own_v).reshape(rows, kv_heads * repeat, width)
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """(B, Hkv, repeat, ...) to (groups, Hkv, slots repeat, ...)."""
+        slotted = x.view(*self._slots.shape, *x.shape[1:]) if self._full else x[self._slots]
+        return slotted.transpose(1, 2).flatten(2, 3)
+
+    def _by_row(self, x: Tensor, repeat: int) -> Tensor:
+        """The inverse of `_by_group`."""
+        slotted = x.unflatten(2, (-1, repeat)).transpose(1, 2)
+        return slotted.flatten(0, 1) if self._full else slotted[self._place]
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         new_k, new_v = key.transpose(0, 1).unsqueeze(2), value.transpose(0, 1).unsqueeze(2)  # (B, Hkv, 1, D)
@@ -100,6 +106,7 @@ class DecodeCache:
         """`_slots` (groups, m): row in each slot of a group, padded with the group's first; `_place`: its inverse."""
         groups = self.lengths.shape[0]
         counts = torch.bincount(self.row_group, minlength=groups)
+        self._full = bool((counts == counts[0]).all())  # then slots and rows are the same numbers: nothing to gather
         first = torch.cumsum(counts, 0) - counts
         slot = torch.arange(int(counts.max()), device=self.row_group.device)[None, :]
         self._slots = torch.where(slot < counts[:, None], first[:, None] + slot, first[:, None])

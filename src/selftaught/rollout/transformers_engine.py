@@ -29,7 +29,7 @@ class Model(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def frozen(self) -> AbstractContextManager[None]: ...
+    def decoding(self) -> AbstractContextManager[None]: ...
 
     def run(self, token_ids_T: Tensor, positions_T: Tensor, segments: Any) -> Tensor: ...
 
@@ -76,7 +76,7 @@ class TransformersEngine:
         pairs, sampling = self._queue.popleft()
         rows = [_Row(request, sample, uniforms(request, sample, sampling.max_completion_length), [], [])
                 for request, sample in pairs]
-        with self.backbone.frozen():
+        with self.backbone.decoding():
             decode = self._decode_plain if self.backbone.layout == "plain" else self._decode
             decode(rows, sampling)
         return [Rollout(

@@ -7,6 +7,7 @@ module's for scoring, the sampler's own for decoding. There is no (T, T) mask an
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -61,6 +62,26 @@ def causal_mask(queries: int, prefix: int, keys: int, window: int | None, device
     return seen if window is None else seen & (q - k < window)
 
 
+def _shares_heads(query: Tensor) -> bool:
+    """Does the kernel itself read one key head for several query heads? With a mask only the CPU's does."""
+    return query.device.type == "cpu"
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    return sdpa(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A group's responses as a rectangle, padded with the first one's first token."""
+
+    responses: int
+    longest: int
+    index: Tensor  # (responses longest,): where each place's token lies in the packed tokens
+    real: Tensor | None  # which of them are no padding; None: all
+
+
 class Segments:
     """Attention of one packed pass; index tensors are made once and used by every layer."""
 
@@ -68,7 +89,7 @@ class Segments:
         self.common = packed.common
         self.groups = packed.groups
         device = packed.token_ids.device
-        self._rows: list[tuple[Tensor, Tensor] | None] = []
+        self._rows: list[_Rows | None] = []
         self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
         for group in packed.groups:
             lengths = torch.tensor(group.responses, device=device)
@@ -79,12 +100,15 @@ class Segments:
             first = group.start + group.prompt + torch.cumsum(lengths, 0) - lengths
             offset = torch.arange(longest, device=device)[None, :]
             real = offset < lengths[:, None]
-            self._rows.append((torch.where(real, first[:, None] + offset, first[:1, None]), real))
+            index = torch.where(real, first[:, None] + offset, first[:1, None])
+            even = min(group.responses) == longest
+            self._rows.append(_Rows(len(group.responses), longest, index.flatten(),
+                                    None if even else real.flatten().nonzero().flatten()))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
                window: int | None) -> Tensor:
         repeat = query.shape[0] // key.shape[0]
-        if repeat > 1:
+        if repeat > 1 and not _shares_heads(query):
             key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
         head_k, head_v = key[:, : self.common], value[:, : self.common]
         pieces = []
@@ -105,25 +129,25 @@ class Segments:
         mask = None
         if before or (window is not None and window < size):
             mask = self._mask(size, before, size, window, q)
-        out = sdpa(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scaling)
+        out = _sdpa(q[None], k[None], v[None], mask, scaling)
         return out[0].transpose(0, 1)
 
-    def _responses(self, rows: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, prompt_k: Tensor,
+    def _responses(self, rows: _Rows, query: Tensor, key: Tensor, value: Tensor, prompt_k: Tensor,
                    prompt_v: Tensor, scaling: float, window: int | None) -> Tensor:
-        index_GR, real_GR = rows
-        responses, longest = index_GR.shape
+        responses, longest = rows.responses, rows.longest
         heads, prompt = prompt_k.shape[:2]
 
-        def padded(x: Tensor) -> Tensor:  # (Hq, T, D) to (G, Hq, R, D)
-            return x[:, index_GR].transpose(0, 1)
+        def padded(x: Tensor) -> Tensor:  # (heads, T, D) to (G, heads, R, D)
+            return x.index_select(1, rows.index).unflatten(1, (responses, longest)).transpose(0, 1)
 
         def context(shared: Tensor, own: Tensor) -> Tensor:
             return torch.cat([shared.expand(responses, heads, prompt, -1), padded(own)], dim=2)
 
         window = None if window is None or window >= prompt + longest else window
         mask = self._mask(longest, prompt, longest, window, query)
-        out = sdpa(padded(query), context(prompt_k, key), context(prompt_v, value), attn_mask=mask, scale=scaling)
-        return out.transpose(1, 2)[real_GR]
+        out = _sdpa(padded(query), context(prompt_k, key), context(prompt_v, value), mask, scaling)
+        flat = out.transpose(1, 2).flatten(0, 1)
+        return flat if rows.real is None else flat.index_select(0, rows.real)
 
     def _mask(self, queries: int, prefix: int, keys: int, window: int | None, like: Tensor) -> Tensor:
         shape = (queries, prefix, keys, window)

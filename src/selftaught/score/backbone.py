@@ -17,6 +17,7 @@ from torch.func import functional_call
 from selftaught.errors import UserError
 from selftaught.records import Section
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
+from selftaught.score.thin import thin
 from selftaught.tensors import Packed, pack, upcast
 from selftaught.vocabulary import Head, project
 
@@ -150,6 +151,12 @@ class Backbone:
                 self._upcast = None
             for module in training:
                 module.training = True
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """`frozen`, with linear layers in the form that is fast on the few rows of a decoding step."""
+        with self.frozen(), thin(self.model):
+            yield
 
     def checkpoint_activations(self) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations.

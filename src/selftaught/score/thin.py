@@ -1,0 +1,37 @@
+"""Linear layers on few rows, as decoding has them: on a CPU the transposed product is the faster one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+ROWS = range(4, 49)  # where W x^T was measured to beat x W^T, by a quarter at 24 rows to .4 at 16, in float32
+
+
+def thin_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """x W^T + b, as (W x^T)^T + b where there are few rows: the same numbers but for the order of sums."""
+    weight, bias = module.weight, module.bias
+    if x.numel() // x.shape[-1] not in ROWS:
+        return linear(x, weight, bias)
+    rows = (weight @ x.flatten(0, -2).t()).t().contiguous().unflatten(0, x.shape[:-1])
+    return rows if bias is None else rows + bias
+
+
+@contextmanager
+def thin(model: Any) -> Iterator[None]:
+    """Every plain linear layer of `model` is `thin_linear` inside this block; without gradients, on a CPU, float32."""
+    plain = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)
+             and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32]
+    try:
+        for module in plain:
+            module.forward = partial(thin_linear, module)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module in plain:
+            del module.forward
