@@ -376,6 +376,14 @@ def test_before_the_first_update_a_teacher_without_privilege_is_the_student(home
     assert log_probs(parts.backbone, parts.teachers.weights("teacher")).equal(log_probs(parts.backbone))
 
 
+def test_doctor_finds_an_adapter_s_recipe_sane(home: Path) -> None:
+    rollout = {"max_completion_length": 4}
+    told = cli("doctor", write_recipe(home, "doctor.yaml", **sections(home, "doctor", rollout=rollout)))
+    assert "trained in adapters" in told.out
+    assert "null teacher: an empty privilege moves log-probs by 0.0e+00" in told.out
+    assert not any(line.startswith("CHANGE") and "memory" in line for line in told.out.splitlines()), told.out
+
+
 # Folders.
 
 

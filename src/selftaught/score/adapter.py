@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def require_peft(what: str) -> None:
 def targets(model: Any, wanted: str | Sequence[str]) -> list[str]:
     """The modules that adapters go to: every linear layer but the head, or those whose names end with one of `wanted`.
 
-    Weights are not looked at, so a model on the meta device will do. Raises UserError for a name that no linear layer
+    Experts whose weights are one tensor are no linear layers, and stay as they are. Weights are not looked at, so a model on the meta device will do. Raises UserError for a name that no linear layer
     has, and for the vocabulary head: hidden states meet it chunk by chunk, outside the model, where no adapter is.
     """
     from transformers.pytorch_utils import Conv1D
@@ -135,7 +136,9 @@ def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor], folder: Path) 
 def _inject(config: Any, model: Any) -> None:
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(config, model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # it finds out by itself which way a layer's weights lie
+        inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
         if parameter.requires_grad:
