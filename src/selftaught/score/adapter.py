@@ -56,8 +56,9 @@ def require_peft(what: str) -> None:
 def targets(model: Any, wanted: str | Sequence[str]) -> list[str]:
     """The modules that adapters go to: every linear layer but the head, or those whose names end with one of `wanted`.
 
-    Experts whose weights are one tensor are no linear layers, and stay as they are. Weights are not looked at, so a model on the meta device will do. Raises UserError for a name that no linear layer
-    has, and for the vocabulary head: hidden states meet it chunk by chunk, outside the model, where no adapter is.
+    Experts whose weights are one tensor are no linear layers, and stay as they are. A model on the meta device will do.
+    Raises UserError for a name that no linear layer has, and for the vocabulary head: hidden states meet it chunk by
+    chunk, outside the model, where no adapter is.
     """
     from transformers.pytorch_utils import Conv1D
 
