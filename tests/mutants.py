@@ -229,6 +229,20 @@ MUTANTS = [
         "return 1 - ((n - c) / n) ** k",
         "test_eval.py",
     ),
+    Mutant(
+        "base_trains_with_its_adapter",
+        "score/adapter.py",
+        'parameter.requires_grad_(".lora_" in name)',
+        "parameter.requires_grad_(True)",
+        "test_lora.py",
+    ),
+    Mutant(
+        "narrow_adapter",
+        "score/adapter.py",
+        "parameter.data = parameter.data.float()",
+        "parameter.data = parameter.data",
+        "test_lora.py",
+    ),
 ]
 
 

@@ -20,7 +20,16 @@ from selftaught.reward import Rewarder
 from selftaught.rollout import Engine, TransformersEngine
 from selftaught.run import Run
 from selftaught.score import Backbone, Scorer
-from selftaught.score.hub import check_model, load_config, load_model, load_tokenizer, stop_token_ids
+from selftaught.score.adapter import add_adapter, require_peft, targets
+from selftaught.score.hub import (
+    base_name,
+    check_model,
+    load_config,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    stop_token_ids,
+)
 
 Say = Callable[[str], None]
 PROBE = 2  # problems on which the layouts are compared before the first step
@@ -66,6 +75,9 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     method = run.method.build()
     device_of(run)
     check_model(run.model)
+    if run.optim.lora is not None:
+        require_peft("optim.lora")
+        targets(load_skeleton(run.model), run.optim.lora.target_modules)
     dataset = data.load(run.data, seed=run.seed, say=say)
     tokenizer = load_tokenizer(run.model)
     renderer = Renderer(tokenizer, run.data, dataset.shots)
@@ -157,9 +169,11 @@ def probe(prompts: Sequence[tuple[int, ...]], written: int) -> tuple[list[tuple[
 
 
 def load_engine(ground: Ground) -> tuple[Backbone, Engine]:
-    """Load the weights, compare the layouts on a probe batch, and make the sampler."""
-    run = ground.run
+    """Load the weights, with a new adapter if the run trains one, compare the layouts, and make the sampler."""
+    run, lora = ground.run, ground.run.optim.lora
     model = load_model(run.model, getattr(torch, run.optim.dtype), device_of(run))
+    if lora is not None:
+        add_adapter(model, lora.rank, lora.alpha, lora.target_modules, run.seed)
     backbone = Backbone(model, run.score.layout)
     prompts = [ground.renderer.prompt(problem).token_ids for problem in ground.dataset.train[:PROBE]]
     backbone.verify(*probe(prompts, run.rollout.max_completion_length))
@@ -168,11 +182,15 @@ def load_engine(ground: Ground) -> tuple[Backbone, Engine]:
 
 
 def assemble(ground: Ground) -> Parts:
-    """Load the weights and put the parts together."""
+    """Load the weights and put the parts together. Raises UserError where what would be trained is an adapter."""
     run, method = ground.run, ground.method
+    if (base := base_name(run.model)) != run.model:
+        raise UserError(f"model: {run.model!r} is an adapter, which can be evaluated but not trained on; train a new "
+                        f"one on its base (model: {base}, with optim.lora), or merge it into its base and train that")
     backbone, engine = load_engine(ground)
     model = backbone.model
-    model.requires_grad_(True)
+    if run.optim.lora is None:
+        model.requires_grad_(True)
     if run.optim.activation_checkpointing:
         backbone.checkpoint_activations()
     optimizer = Optimizer(model.named_parameters(), run.optim)

@@ -144,6 +144,7 @@ def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say
     if recipe is None:
         raise UserError(f"eval: {model} is no run's folder, so say on what: `selftaught eval {model} RECIPE`")
     run = load_run(recipe, overrides, {"model": name})
+    run = run.model_copy(update={"optim": run.optim.model_copy(update={"lora": None})})  # nothing is trained here
     stem = Path(recipe).stem
     out = folder / "evals" / stem if of_run else Path(run.out).parent / "evals" / f"{folder.name}-{stem}"
     target = RunFolder(run.out if any(o.startswith("out=") for o in overrides) else _unused(out))

@@ -13,6 +13,7 @@ from selftaught.errors import UserError
 from selftaught.evaluate import results
 from selftaught.report import model_card, result_sentence, result_table, write_curves, write_report
 from selftaught.score.client import quiet
+from selftaught.score.hub import lasting_name
 from selftaught.session import Session
 
 
@@ -54,7 +55,7 @@ def outliving(session: Session, name: str) -> Iterator[None]:
 
 
 def save_model(session: Session, found: dict[str, Any]) -> None:
-    """final/: a plain folder that `from_pretrained` loads, with a model card; whole, or as it was before.
+    """final/: a plain folder that `from_pretrained` loads (an adapter's, peft), with a model card; whole, or as it was.
 
     Raises UserError where it cannot be written.
     """
@@ -64,7 +65,7 @@ def save_model(session: Session, found: dict[str, Any]) -> None:
     try:
         shutil.rmtree(work, ignore_errors=True)
         with quiet():
-            session.parts.backbone.model.save_pretrained(work)
+            session.parts.backbone.save(work, lasting_name(ground.run.model))
             ground.tokenizer.save_pretrained(work)
         (work / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder.final, ignore_errors=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from selftaught.assemble import Ground, device_of
-from selftaught.score.hub import load_config
+from selftaught.score.adapter import adapter_size
+from selftaught.score.hub import load_skeleton
 from selftaught.vocabulary import CHUNK_ELEMENTS
 
 GB = 1e9
@@ -21,6 +22,7 @@ class Forecast:
     """Counts of tokens, and bytes by what they are for."""
 
     parameters: int
+    trained: int
     prompt_tokens: int
     step_tokens: int
     run_tokens: int
@@ -32,9 +34,10 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """For people."""
+        adapters = "" if self.trained == self.parameters else f", and {self.trained / 1e6:.1f} M trained in adapters"
         parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.bytes.items())
         return [
-            f"model     {self.parameters / 1e6:.0f} M parameters",
+            f"model     {self.parameters / 1e6:.0f} M parameters" + adapters,
             f"tokens    prompts up to {self.prompt_tokens}; at most {self.step_tokens:,} written a step, "
             f"{self.run_tokens:,} in the run",
             f"memory    about {self.total / GB:.1f} GB: {parts}",
@@ -43,15 +46,13 @@ class Forecast:
 
 def forecast(ground: Ground) -> Forecast:
     """Tokens exactly, memory by formula (within a fifth or so of what is measured); reads no weights."""
-    from transformers import AutoModelForCausalLM
-
-    run = ground.run
-    config = load_config(run.model)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    run, lora = ground.run, ground.run.optim.lora
+    model = load_skeleton(run.model)
     count = sum(p.numel() for p in model.parameters())
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     size = torch.finfo(getattr(torch, run.optim.dtype)).bits // 8
+    trained, width_of_trained = (count, size) if lora is None else (
+        adapter_size(model, lora.rank, lora.target_modules), 4)  # adapters are float32, whatever the weights are
     kept = {(view.weights, view.every, view.rate) for view in ground.method.views.values() if view.weights != "live"}
     layers = 1 if run.optim.activation_checkpointing else text.num_hidden_layers
     rows = min(run.rollout.max_rows, run.rollout.num_generations * run.rollout.prompts_per_step)
@@ -59,19 +60,21 @@ def forecast(ground: Ground) -> Forecast:
     longest = max(len(ground.renderer.prompt(problem).token_ids) for problem in ground.dataset.train)
     kv = 2 * text.num_hidden_layers * getattr(text, "num_key_value_heads", text.num_attention_heads) * (
         getattr(text, "head_dim", None) or width // text.num_attention_heads)
+    head = 0 if lora is not None and size == 4 else text.vocab_size * width * 4  # its gradient, or its float32 copy
     step = run.rollout.num_generations * run.rollout.prompts_per_step * run.rollout.max_completion_length
     return Forecast(
         parameters=count,
+        trained=trained,
         prompt_tokens=longest,
         step_tokens=step,
         run_tokens=step * run.optim.steps,
         bytes={
-            "weights": count * size,
-            "gradients": count * 4,
-            "optimiser": count * (8 if size == 4 else 12),
-            "teachers": len(kept) * count * size,
+            "weights": count * size + (0 if lora is None else trained * 4),
+            "gradients": trained * 4,
+            "optimiser": trained * (8 if width_of_trained == 4 else 12),
+            "teachers": len(kept) * trained * width_of_trained,
             "activations": run.optim.token_budget * width * ACTIVATION_FLOATS * layers * size,
-            "head": CHUNK_ELEMENTS * 4 * 5 + text.vocab_size * width * 4,
+            "head": CHUNK_ELEMENTS * 4 * 5 + head,
             "sampling": rows * (run.rollout.max_completion_length + longest // run.rollout.num_generations) * kv * size,
             "libraries": int(0.7 * GB),
         },

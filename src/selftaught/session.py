@@ -144,7 +144,7 @@ class Session:
             return
         parts = self.parts
         tensors: dict[str, Mapping[str, torch.Tensor]] = {
-            "model": {name: p.detach() for name, p in parts.backbone.model.named_parameters()},
+            "model": {name: p.detach() for name, p in parts.backbone.model.named_parameters() if p.requires_grad},
             "optimizer": parts.optimizer.state_tensors(),
         }
         if held := parts.teachers.state_tensors():

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from selftaught.records import Section
+
+
+class LoraConfig(Section):
+    """The recipe's `optim.lora:`: train low-rank adapters (arXiv:2106.09685) and leave the model's weights alone.
+
+    They need a higher learning rate than the weights themselves: about 1e-4. `lora: 16` is short for {rank: 16}.
+    """
+
+    rank: int = Field(16, gt=0, description="Inner width of each pair of matrices.")
+    alpha: float = Field(32, gt=0, allow_inf_nan=False, description="An adapter's part is scaled by alpha / rank.")
+    dropout: float = Field(0.0, description="0: responses are sampled without dropout, and must be scored so too.")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", min_length=1, description="all-linear: every linear layer but the head; or names of layers.")
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, dropout: float) -> float:
+        if dropout != 0:
+            raise ValueError(f"optim.lora.dropout = {dropout}: the responses were sampled without it, so the loss "
+                             "would be of another distribution than theirs; leave it out")
+        return dropout
 
 
 class OptimConfig(Section):
@@ -25,6 +46,12 @@ class OptimConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights; moments are float32.")
     activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     token_budget: int = Field(4096, gt=0, description="Tokens per micro-batch, prompts included.")
+    lora: LoraConfig | None = Field(None, description="Train adapters instead of the weights; `dtype` is the weights'.")
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _rank_alone(cls, lora: Any) -> Any:
+        return {"rank": lora} if isinstance(lora, int) and not isinstance(lora, bool) else lora
 
     @field_validator("betas")
     @classmethod

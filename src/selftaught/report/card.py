@@ -10,6 +10,13 @@ import yaml
 
 from selftaught.report.words import best_constant, control_rows, headline, measure_rows, named, number, result_sentence
 
+LOAD = (
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    'folder = "final"  # this folder',
+    "model = AutoModelForCausalLM.from_pretrained(folder)",
+)
+
 
 def model_card(
     run: Mapping[str, Any], results: Mapping[str, Any], *, arxiv: str | None = None, base_model: str | None = None
@@ -22,14 +29,15 @@ def model_card(
     method = named(run.get("method")) or "unknown"
     model = named(run.get("model"))
     base = base_model or (model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else None)
+    optim = run.get("optim")
+    lora = isinstance(optim, Mapping) and optim.get("lora") is not None
     front: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "peft" if lora else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["selftaught", method],
     }
     if base:
         front["base_model"] = base
-    optim = run.get("optim")
     steps = optim.get("steps") if isinstance(optim, Mapping) else None
     lines = [
         "---",
@@ -51,10 +59,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'folder = "final"  # this folder',
-        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        *(_load_adapter(model) if lora else LOAD),
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "```",
         "",
@@ -68,6 +73,18 @@ def model_card(
     if arxiv:
         lines += ["## Citation", "", f"The method's paper: [arXiv:{arxiv}](https://arxiv.org/abs/{arxiv}).", ""]
     return "\n".join(lines)
+
+
+def _load_adapter(model: str) -> tuple[str, ...]:
+    """How to load an adapter: peft finds the base by the name in its folder, but for the embedded model's."""
+    if model != "quickstart":
+        return ("from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", "",
+                'folder = "final"  # this folder: an adapter, which names its base model',
+                "model = AutoPeftModelForCausalLM.from_pretrained(folder)")  # fmt: skip
+    return ("from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            "from selftaught.score.hub import resolve", "", 'folder = "final"  # this folder: an adapter',
+            'base = AutoModelForCausalLM.from_pretrained(str(resolve("quickstart")))',
+            "model = PeftModel.from_pretrained(base, folder)")  # fmt: skip
 
 
 def _table(results: Mapping[str, Any]) -> list[str]:

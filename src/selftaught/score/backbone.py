@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.func import functional_call
 
 from selftaught.errors import UserError
 from selftaught.records import Section
+from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
 from selftaught.score.thin import thin
 from selftaught.tensors import Packed, pack, upcast
@@ -157,6 +159,12 @@ class Backbone:
         """`frozen`, with linear layers in the form that is fast on the few rows of a decoding step."""
         with self.frozen(), thin(self.model):
             yield
+    def save(self, folder: Path, base: str) -> None:
+        """Write the model as `from_pretrained` reads it; where an adapter is trained, that alone, with its `base`."""
+        if adapter(self.model):
+            save_adapter(self.model, folder, base)
+        else:
+            self.model.save_pretrained(folder)
 
     def checkpoint_activations(self) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations.

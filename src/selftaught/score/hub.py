@@ -1,7 +1,8 @@
 """Where models come from: a folder, the Hub, or the small model that ships in a package. Weights are safetensors only.
 
 `resolve` turns a recipe's `model` into a place, `check_model` refuses what cannot work before any weight is read, and
-`load_config`, `load_tokenizer` and `load_model` load it. No code that comes with a model is ever run.
+`load_config`, `load_tokenizer` and `load_model` load it. A folder may hold an adapter; its base is found by the name in
+it. No code that comes with a model is ever run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from selftaught.errors import UserError, nearest
+from selftaught.score.adapter import base_of, load_adapter, require_peft
 from selftaught.score.client import only_local, quiet, told_plainly
 from selftaught.score.quickstart import quickstart_folder
 
@@ -44,6 +46,17 @@ def resolve(name: str) -> Path | str:
     return name
 
 
+def base_name(name: str) -> str:
+    """The model that an adapter's folder names as its base; any other model's own name."""
+    place = resolve(name)
+    return (base_of(place) if isinstance(place, Path) else None) or name
+
+
+def lasting_name(name: str) -> str:
+    """A name of the model that means the same from any folder of this machine: a folder's is made absolute."""
+    return name if name in SHIPPED or not isinstance(resolve(name), Path) else str(Path(name).expanduser().resolve())
+
+
 def check_model(name: str) -> None:
     """Refuse, before any weight is read, a model that cannot be trained here; the message holds the remedy (UserError).
 
@@ -51,7 +64,13 @@ def check_model(name: str) -> None:
     the config and the tokenizer are fetched.
     """
     place = resolve(name)
-    if isinstance(place, Path):
+    if (base := base_name(name)) != name:
+        require_peft(f"model: the adapter in {name}")
+        try:
+            check_model(base)
+        except UserError as error:
+            raise UserError(f"{error} (it is the base of the adapter in {name}, by its adapter_config.json)") from error
+    elif isinstance(place, Path):
         _check_architecture(str(place), _folder_config(place))
         _check_tokenizer_files(place)
         _check_weight_files(place)
@@ -65,6 +84,8 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     place = resolve(name)
+    if isinstance(place, Path) and not _has_tokenizer(place):
+        place = resolve(base_name(name))
     with told_plainly(name), quiet():
         tokenizer = AutoTokenizer.from_pretrained(
             str(place), trust_remote_code=False, local_files_only=only_local(place)
@@ -78,9 +99,18 @@ def load_config(name: str) -> Any:
     """The configuration of model `name`; no weight is read."""
     from transformers import AutoConfig
 
-    place = resolve(name)
+    place = resolve(base_name(name))
     with told_plainly(name), quiet():
         return AutoConfig.from_pretrained(str(place), trust_remote_code=False, local_files_only=only_local(place))
+
+
+def load_skeleton(name: str) -> Any:
+    """The model `name` without its weights: modules, names and shapes alone."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device | str, attn: str = "sdpa") -> Any:
@@ -90,8 +120,9 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device | str, attn: 
     """
     from transformers import AutoModelForCausalLM
 
-    place = resolve(name)
-    with told_plainly(name), quiet():
+    base = base_name(name)
+    place = resolve(base)
+    with told_plainly(base), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             str(place), dtype=dtype, attn_implementation=attn, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, local_files_only=only_local(place),
@@ -99,10 +130,14 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device | str, attn: 
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
-            f"model: the weights of {name!r} lack {len(missing)} tensors of {type(model).__name__}, the first of them "
+            f"model: the weights of {base!r} lack {len(missing)} tensors of {type(model).__name__}, the first of them "
             f"{missing[0]!r}; save the whole model with save_pretrained"
         )
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if base != name:
+        with told_plainly(name), quiet():
+            load_adapter(model, Path(name).expanduser())
+    return model
 
 
 def stop_token_ids(tokenizer: Any, model: Any) -> set[int]:
@@ -116,9 +151,6 @@ def stop_token_ids(tokenizer: Any, model: Any) -> set[int]:
 def _folder_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
-            remedy = "merge the adapter into its base model and save that"
-            raise UserError(f"model: {folder} holds an adapter alone, not a model; {remedy}")
         raise UserError(f"model: {folder} has no config.json; give the folder that save_pretrained wrote")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -152,8 +184,12 @@ def _check_architecture(name: str, config: dict[str, Any]) -> None:
         raise UserError(f"model: {name!r} is a {stated[0]}, not a causal language model; {remedy}")
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / f).is_file() for f in TOKENIZER_FILES)
+
+
 def _check_tokenizer_files(folder: Path) -> None:
-    if not any((folder / f).is_file() for f in TOKENIZER_FILES):
+    if not _has_tokenizer(folder):
         raise UserError(
             f"model: {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); save it there with "
             "tokenizer.save_pretrained(folder)"
