@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from selftaught.errors import UserError
 from selftaught.loss import chunked_loss
 from selftaught.methods import Method, batch_credit, build
 from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, Verdict, View
-from selftaught.score import Backbone, Scorer
+from selftaught.score import Backbone, Scorer, heap
 from selftaught.score.attention import Segments
 from selftaught.score.thin import thin_linear
 from selftaught.tensors import MIN_COMMON, pack, upcast
@@ -506,3 +507,18 @@ def test_decoding_leaves_every_layer_as_it_was_also_after_an_error() -> None:
         assert all("forward" in vars(layer) for layer in layers)
         raise KeyboardInterrupt
     assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_the_heap_is_told_to_give_back_unless_the_user_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    library = SimpleNamespace(mallopt=lambda what, size: asked.append((what, size)) or 1)
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(heap.sys, "platform", "linux")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    assert heap.return_freed() and asked == [(-3, heap.MAPPED_FROM)]
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=1048576")
+    assert not heap.return_freed() and len(asked) == 1
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())  # a library without mallopt
+    assert not heap.return_freed()

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from selftaught.errors import UserError
+from selftaught.errors import UserError, nearest
 
 app = typer.Typer(help="Train language models on their own rollouts.", no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -124,6 +124,26 @@ def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several
     typer.echo(f"report: {write_report(runs, path)}")
 
 
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="methods: every method on one task, with controls of its teacher")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="the study's folder; runs/NAME if not given")] = None,
+    only: Annotated[str | None, typer.Option(help="some methods, with commas")] = None,
+    seeds: Annotated[str, typer.Option(help="with commas")] = "0",
+    jobs: Annotated[int, typer.Option(help="runs at a time; 0: one per processor, at most 4")] = 0,
+    smoke: Annotated[bool, typer.Option("--smoke", help="two steps of each run, to see that all of them work")] = False,
+) -> None:
+    """A whole experiment; the same command goes on where it was stopped."""
+    from selftaught.studies import methods
+
+    if name != "methods":
+        raise UserError(f"study {name!r}: {nearest(name, ['methods'])}")
+    folder = out or Path(f"runs/{name}{'-smoke' if smoke else ''}")
+    typer.echo(methods.run(folder, _say, methods=only.split(",") if only else (), seeds=_ladder(seeds, "--seeds"),
+                           jobs=jobs, extra=[*(methods.SMOKE if smoke else ()), *(overrides or [])]))
+
+
 def _dry_run(run: Any) -> None:
     """The resolved run as YAML, which is a recipe again, with the forecast as comments; starts nothing."""
     import yaml
@@ -148,11 +168,11 @@ def _warn(text: str) -> None:
     typer.echo(f"warning: {text}", err=True)
 
 
-def _ladder(text: str) -> tuple[int, ...]:
+def _ladder(text: str, flag: str = "--k") -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--k {text!r}: give whole numbers with commas, for example 1,4,8") from None
+        raise UserError(f"{flag} {text!r}: give whole numbers with commas, for example 1,4,8") from None
 
 
 def _measures(found: dict[str, Any]) -> None:

@@ -159,6 +159,7 @@ class Backbone:
         """`frozen`, with linear layers in the form that is fast on the few rows of a decoding step."""
         with self.frozen(), thin(self.model):
             yield
+
     def save(self, folder: Path, base: str) -> None:
         """Write the model as `from_pretrained` reads it; where an adapter is trained, that alone, with its `base`."""
         if adapter(self.model):

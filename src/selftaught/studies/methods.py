@@ -1,0 +1,179 @@
+"""Every method on one task from its small recipe, beside what its teacher is worth without its knowledge.
+
+Runs are processes of the command line, some at a time, each in a folder of its own; what is finished is not run again.
+A method that is given a privilege is also run with an empty and with a wrong one: where those do as well, the gain is
+not the teacher's. The table is made from saved completions alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selftaught.errors import UserError, nearest
+from selftaught.eval import compare, read_rows, select
+from selftaught.run import load_run, recipe_names
+
+CONTROLLED = ("rlsd", "sdpg", "demopsd", "sdpo", "opsd")
+ARMS = ("right", "empty", "wrong")
+SHOWN = ("pass@1", "pass@8")
+SMOKE = ("optim.steps=2", "data.heldout=8", "eval.every=null", "checkpoint.every=1")
+DID = "method/"  # metrics with this prefix say what a method did
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of the table."""
+
+    method: str
+    privilege: str  # right, empty or wrong
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.privilege}-{self.seed}"
+
+
+def arms(methods: Sequence[str], seeds: Sequence[int]) -> list[Arm]:
+    """Every method as it is; then those whose teacher is tested, with an empty and with a wrong privilege."""
+    own = [Arm(method, "right", seed) for seed in seeds for method in methods]
+    controls = [Arm(method, kind, seed) for seed in seeds for method in methods if method in CONTROLLED
+                for kind in ARMS[1:]]
+    return own + controls
+
+
+def overrides(arm: Arm) -> list[str]:
+    """What makes the recipe of `arm.method` this arm."""
+    if arm.privilege == "right":
+        return []
+    if arm.privilege == "empty" and arm.method == "sdpg":
+        return ["method.beta=0"]  # a live teacher without a privilege is the student: the same as no teacher
+    config = load_run(f"small/{arm.method}").privilege
+    assert config is not None
+    return [f"privilege={{kind: {arm.privilege}, of: {config.base}}}"]
+
+
+def run(out: Path, say: Say, *, methods: Sequence[str] = (), seeds: Sequence[int] = (0,), jobs: int = 0,
+        extra: Sequence[str] = ()) -> str:
+    """Run what is not finished under `out`, then write table.md and table.json there; returns the table.
+
+    `jobs` runs at a time, each with its share of the processors; 0: as many as there are processors, at most 4.
+    `extra` are overrides for every run. Methods with another model as their teacher learn from the final model of the
+    first seed's `grpo` run, which therefore comes first.
+
+    Raises:
+        UserError: a method without a small recipe, or runs that failed (the others are done and in the table).
+    """
+    shipped = [name.removeprefix("small/") for name in recipe_names() if name.startswith("small/")]
+    for method in methods:
+        if method not in shipped:
+            raise UserError(f"study methods: there is no recipe small/{method}; {nearest(method, shipped)}")
+    todo = arms(methods or shipped, seeds)
+    external = {arm.method for arm in todo if load_run(f"small/{arm.method}").teacher is not None}
+    teacher = Arm("grpo", "right", seeds[0])
+    if external and teacher not in todo:
+        todo.append(teacher)
+    jobs = jobs or min(4, os.cpu_count() or 1)
+    failed: dict[str, str] = {}
+    for wave in ([a for a in todo if a.method not in external], [a for a in todo if a.method in external]):
+        # The teacher's run first: nothing of the second wave can begin without it.
+        wave.sort(key=lambda arm: arm != teacher)
+        with ThreadPoolExecutor(jobs) as pool:
+            work = [pool.submit(_one, arm, out, jobs, say, extra, out / teacher.name / "final") for arm in wave]
+            failed |= {arm.name: text for arm, done in zip(wave, work, strict=True) if (text := done.result())}
+    rows = [row for arm in todo if (row := row_of(arm, out)) is not None]
+    table = "\n".join(lines(rows))
+    (out / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(table + "\n", encoding="utf-8")
+    if failed:
+        reasons = "; ".join(f"{name}: {text}" for name, text in failed.items())
+        raise UserError(f"study methods: {len(failed)} of {len(todo)} runs failed ({reasons}); the others are in "
+                        f"{out / 'table.md'}. Give the same command again when the cause is mended")
+    return table
+
+
+def _one(arm: Arm, out: Path, jobs: int, say: Say, extra: Sequence[str], teacher: Path) -> str:
+    """Run one arm to its end; its last words if it failed, else ""."""
+    folder = out / arm.name
+    if (folder / "results.json").is_file() and (folder / "final").is_dir():
+        return ""
+    resume = any((folder / "checkpoints").glob("step-*"))
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint: nothing in it is needed
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    external = [f"teacher={teacher}"] if load_run(f"small/{arm.method}").teacher is not None else []
+    command = [sys.executable, "-m", "selftaught.cli", "train", f"small/{arm.method}", f"out={folder}",
+               f"seed={arm.seed}", *overrides(arm), *external, *extra,
+               *(["--resume"] if resume else [])]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    say(f"{arm.name}: {'resumed' if resume else 'started'}")
+    with (out / f"{arm.name}.log").open("a", encoding="utf-8") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False,
+                              env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    if (folder / "results.json").is_file():
+        say(f"{arm.name}: done")
+        return ""
+    last = (out / f"{arm.name}.log").read_text(encoding="utf-8").strip().splitlines()
+    say(f"{arm.name}: failed, see {out / arm.name}.log")
+    return last[-1] if last else f"exit code {done.returncode}"
+
+
+# The table.
+
+
+def row_of(arm: Arm, out: Path) -> dict[str, Any] | None:
+    """One arm's measures: its gain over the base, and over its own empty and wrong arms; None if it is not finished."""
+    folder = out / arm.name
+    if not (folder / "results.json").is_file():
+        return None
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = {
+        "method": arm.method, "privilege": arm.privilege, "seed": arm.seed,
+        "gain": {name: results["difference"][name] for name in SHOWN},
+        "distinct": [results[side]["distinct_answers"]["value"] for side in ("before", "after")],
+        "did": _did(folder), "over": {},
+    }
+    for other in ARMS[1:] if arm.privilege == "right" else ():
+        theirs = out / Arm(arm.method, other, arm.seed).name / "completions.jsonl"
+        if theirs.is_file() and (theirs.parent / "results.json").is_file():
+            last = [select(read_rows(path)) for path in (theirs, folder / "completions.jsonl")]
+            found["over"][other] = compare(*last, (1,))["pass@1"]
+    return found
+
+
+def _did(folder: Path) -> dict[str, float]:
+    """The means over all steps of what the method measured of itself."""
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    values: dict[str, list[float]] = {}
+    for name, value in (pair for step in steps for pair in step.items() if pair[0].startswith(DID)):
+        values.setdefault(name.removeprefix(DID), []).append(value)
+    return {name: statistics.fmean(each) for name, each in values.items()}
+
+
+def lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The table as markdown."""
+    yield ("| method | privilege | seed | pass@1: after, gain over the base | pass@8: after, gain | distinct of 8 | "
+           "pass@1 over empty | pass@1 over wrong | what it did |")
+    yield "| --- " * 9 + "|"
+    for row in rows:
+        gains = [f"{row['gain'][name]['after']:.3f}, {_interval(row['gain'][name])}" for name in SHOWN]
+        over = [_interval(row["over"][kind]) if kind in row["over"] else "" for kind in ARMS[1:]]
+        did = ", ".join(f"{name} {value:.3g}" for name, value in row["did"].items())
+        before, after = row["distinct"]
+        yield (f"| {row['method']} | {row['privilege']} | {row['seed']} | {gains[0]} | {gains[1]} | {before:.1f} to "
+               f"{after:.1f} | {over[0]} | {over[1]} | {did} |")
+
+
+def _interval(measure: Mapping[str, Any]) -> str:
+    return f"{measure['value']:+.3f} [{measure['low']:+.3f}, {measure['high']:+.3f}]"
