@@ -602,3 +602,26 @@ def test_a_copy_of_the_cursor_is_unmoved_by_rounds_of_a_refused_step() -> None:
     drawn = [p.id for p in cursor.next(3)]
     cursor.next(2, drawn)
     assert kept.state() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "practice"),
+    [
+        ("grpo", {"reduction": "sequence_mean"}),
+        ("dapo", {"reduction": "token_mean", "filter_groups": True, "minibatches": 2}),
+        ("dr_grpo", {"reduction": "constant", "length": 16}),
+        ("gspo", {"reduction": "sequence_mean", "updates_per_batch": 2}),
+        ("cispo", {"reduction": "token_mean", "updates_per_batch": 2}),
+    ],
+)
+def test_small_recipes_are_the_quickstarts_task_with_each_methods_own_practice(name: str,
+                                                                               practice: dict[str, Any]) -> None:
+    run, quickstart = load_run(f"small/{name}"), load_run("quickstart")
+    assert run.method.name == name and run.optim.steps == 30
+    for section in ("model", "data", "eval", "seed"):
+        assert getattr(run, section) == getattr(quickstart, section)
+    found = {**run.loss.model_dump(), **run.rollout.model_dump(), **run.optim.model_dump()}
+    assert {field: found[field] for field in practice} == practice
+    plain = {"filter_groups": False, "minibatches": 1, "updates_per_batch": 1, "length": None} | practice
+    assert {field: found[field] for field in plain} == plain
+    assert (run.reward == quickstart.reward) is (name != "dapo")
