@@ -222,13 +222,13 @@ def sample_and_verify(ground: Ground, engine: Engine, asked: Sequence[Request], 
     return rollouts, verdicts or [Verdict(None)] * len(rollouts)
 
 
-def shuffled(verdicts: Sequence[Verdict], seed: int, step: int) -> list[Verdict]:
-    """The control of `reward.shuffle`: the same scores, dealt out anew at random, keyed by (seed, step).
+def shuffled(verdicts: Sequence[Verdict], seed: int, step: int, draw: int = 0) -> list[Verdict]:
+    """The control of `reward.shuffle`: the same scores, dealt out anew at random, keyed by (seed, step, draw).
 
     Each takes its status along: else a demonstration would still be chosen by the true one.
     """
     dealt = list(verdicts)
-    random.Random(f"{seed}/{step}").shuffle(dealt)
+    random.Random(f"{seed}/{step}/{draw}" if draw else f"{seed}/{step}").shuffle(dealt)
     return [replace(verdict, score=other.score, status=other.status)
             for verdict, other in zip(verdicts, dealt, strict=True)]
 
@@ -244,11 +244,15 @@ def privileges_of(ground: Ground, rollouts: Sequence[Rollout], verdicts: Sequenc
 
 
 def make_batch(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], privileges: Sequence[Privilege | None],
-               step: int, device: torch.device | str = "cpu") -> Batch:
-    """One optimiser batch, ragged: tokens of all rollouts in order, and the prompts of both contexts."""
+               step: int, device: torch.device | str = "cpu", *, mask_truncated: bool = False) -> Batch:
+    """One rollout batch, ragged: tokens of all rollouts in order, and the prompts of both contexts.
+
+    With `mask_truncated` the tokens of rollouts cut at the length limit are masked; their scores stay.
+    """
     lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts])
     groups = {rollout.problem.id: index for index, rollout in reversed(list(enumerate(rollouts)))}
-    written = [rollout.loss_mask or (True,) * len(rollout.token_ids) for rollout in rollouts]
+    written = [(False,) * len(rollout.token_ids) if mask_truncated and rollout.finish == "length"
+               else rollout.loss_mask or (True,) * len(rollout.token_ids) for rollout in rollouts]
     terminal = torch.zeros(int(lengths.sum()), dtype=torch.bool)
     ends = lengths.cumsum(0) - 1
     terminal[ends] = torch.tensor([rollout.finish == "stop" for rollout in rollouts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import stdev
@@ -11,7 +12,18 @@ from torch import Tensor
 
 from selftaught.credit import broadcast
 from selftaught.credit.group import relative
-from selftaught.records import Batch, Credit, Rollout, Verdict
+from selftaught.errors import UserError
+from selftaught.records import Batch, Credit, Rollout, TokenBatch, Verdict
+from selftaught.rollout import RolloutConfig
+from selftaught.tensors import MAX_LOG_RATIO, difference
+
+
+def live_groups(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> list[str]:
+    """Ids of the problems of which some rollout was better than its siblings, by the methods' own rule, in order."""
+    reward = torch.tensor([float("nan") if v.score is None else v.score for v in verdicts])
+    names = {rollout.problem.id: i for i, rollout in enumerate(rollouts)}
+    moved = relative(reward, torch.tensor([names[rollout.problem.id] for rollout in rollouts])) != 0
+    return list(dict.fromkeys(r.problem.id for r, m in zip(rollouts, moved.tolist(), strict=True) if m))
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -35,12 +47,8 @@ def rollout_metrics(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) ->
             if verdict.score is not None:
                 groups.setdefault(rollout.problem.id, []).append(verdict.score)
         metrics["reward_std"] = sum(stdev(group) if len(group) > 1 else 0.0 for group in groups.values()) / len(groups)
-        reward = torch.tensor([float("nan") if v.score is None else v.score for v in verdicts])
-        names = {rollout.problem.id: i for i, rollout in enumerate(rollouts)}
-        group = torch.tensor([names[rollout.problem.id] for rollout in rollouts])
-        moved = relative(reward, group) != 0
-        alive = {g for g, m in zip(group.tolist(), moved.tolist(), strict=True) if m}
-        metrics["frac_reward_zero_std"] = 1 - len(alive) / len(names)
+        count = len({rollout.problem.id for rollout in rollouts})
+        metrics["frac_reward_zero_std"] = 1 - len(live_groups(rollouts, verdicts)) / count
     for status, count in Counter(verdict.status for verdict in verdicts).items():
         metrics[f"reward/status/{status}"] = count / len(verdicts)
     for part in sorted({name for verdict in verdicts for name in verdict.parts}):
@@ -49,16 +57,63 @@ def rollout_metrics(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) ->
     return metrics
 
 
-def token_metrics(batch: Batch, credit: Credit, found: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Means over the counted tokens: entropy, the sampler's gap, the method's own numbers."""
-    counted = credit["counted"]
+def sampler_gap(tokens: TokenBatch, logp: Tensor) -> dict[str, float]:
+    """How far the sampler's log-probs are from `logp`, the trainer's under the weights that sampled, in nats."""
+    if tokens.logp_sampler is None:
+        return {}
+    gap = (logp - tokens.logp_sampler).abs()
+    return {"sampling/sampling_logp_difference/mean": gap.mean().item(),
+            "sampling/sampling_logp_difference/max": gap.max().item()}
+
+
+def refuse_gap(metrics: Mapping[str, float], config: RolloutConfig) -> None:
+    """Stop where sampler and scorer are not the same distribution, unless they cannot be. Raises UserError."""
+    gap = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+    if not config.truncated and not gap <= config.max_logp_gap:
+        raise UserError(f"the sampler's log-probs differ from the scorer's by {gap:.3g} nats on average, above "
+                        f"rollout.max_logp_gap = {config.max_logp_gap}: they do not hold the same weights, temperature "
+                        "or precision; run `selftaught doctor`, or raise the bound if the difference is known")
+
+
+def over_updates(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of a step from those of its updates: their mean; the sum of times and of skipped updates; the
+    greatest of what is a maximum. Of one update, its own.
+    """
+    if len(found) == 1:
+        return dict(found[0])
+    merged = {"updates": float(len(found))}
+    for name in dict.fromkeys(name for metrics in found for name in metrics):
+        values = [metrics[name] for metrics in found if name in metrics]
+        if name.startswith("time/") or name == "skipped":
+            merged[name] = math.fsum(values)
+        else:
+            greatest = name.endswith("/max") or name == "skipped_total"
+            merged[name] = max(values) if greatest else sum(values) / len(values)
+    return merged
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    """r - 1 - log r of r = S/S_old: at tokens of S_old never negative, and in expectation KL(S_old||S)."""
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def token_metrics(batch: Batch, credit: Credit, found: Sequence[Mapping[str, Tensor]],
+                  sampler_cap: float | None = None) -> dict[str, float]:
+    """Means over the counted tokens: entropy, the sampler's gap, how far the policy went, the method's own numbers."""
+    counted, old = credit["counted"], batch.tokens.logp_old
     merged = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-    logp = merged.pop("logp")
+    logp, clipped = merged.pop("logp"), merged.pop("clip_ratio", None)
     metrics = {"counted": counted.float().mean().item()}
-    if batch.tokens.logp_sampler is not None:
-        gap = (logp - batch.tokens.logp_sampler).abs()
-        metrics["sampling/sampling_logp_difference/mean"] = gap.mean().item()
-        metrics["sampling/sampling_logp_difference/max"] = gap.max().item()
+    metrics |= sampler_gap(batch.tokens, logp if old is None else old)
+    if sampler_cap is not None and batch.tokens.logp_sampler is not None and counted.any():
+        log_ratio = difference(logp if old is None else old, batch.tokens.logp_sampler)[counted]
+        metrics["sampler/gap_mean"] = log_ratio.mean().item()
+        metrics["sampler/ratio_capped"] = (log_ratio > math.log(sampler_cap)).float().mean().item()
+    if old is not None and counted.any():
+        metrics["approx_kl"] = _k3(difference(logp, old)[counted]).mean().item()
+        if clipped is not None:
+            metrics["clip_ratio"] = clipped[counted].float().mean().item()
     constants = {f"{name}": value for name, value in credit.items() if name not in ("counted", "logp_old")}
     taught = counted if batch.tokens.privileged is None else counted & broadcast(batch.tokens.privileged, batch.tokens)
     for name, value in {**constants, **merged}.items():

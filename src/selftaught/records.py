@@ -144,7 +144,7 @@ class TokenBatch:
     group_B: int64, rollouts of one problem share it. logp_old_N: the trainer's own log-probs before the
     update, None means on-policy. privileged_B: bool, None means all. terminal_N: bool, None means none.
     mask_N: bool, False is neither in the loss nor counted. logp_sampler_N: the sampler's own log-probs.
-    step: optimiser batches done so far.
+    step: training steps done so far: every schedule counts them.
     """
 
     tokens: Tensor

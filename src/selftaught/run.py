@@ -96,6 +96,7 @@ class Run(Section):
         if "group" in method.needs and self.rollout.num_generations < 2:
             raise UserError(f"rollout.num_generations = {self.rollout.num_generations}: method {method.name!r} "
                             "compares the rollouts of a group and needs at least 2")
+        _refuse_batches(self, method)
         if self.rollout.truncated and not self.rollout.allow_truncated_support:
             raise UserError("rollout.top_p, rollout.top_k: the sampler would draw from fewer tokens than the scorer "
                             "counts, so log-probs would not be of one distribution; sample untruncated, or set "
@@ -112,6 +113,22 @@ class Run(Section):
     def resolved(self) -> dict[str, Any]:
         """The whole run as plain data: what `run.yaml` holds."""
         return self.model_dump(mode="json", serialize_as_any=True)
+
+
+def _refuse_batches(run: Run, method: Method) -> None:
+    """Raise UserError for groups to be filtered by what they do not have, and for optimiser batches of no group."""
+    rollout, optim = run.rollout, run.optim
+    if rollout.filter_groups and not method.needs & {"reward", "group"}:
+        raise UserError(f"rollout.filter_groups = true: method {method.name!r} uses no reward, so no group is dead to "
+                        "it; set rollout.filter_groups=false")
+    if rollout.filter_groups and rollout.num_generations < 2:
+        raise UserError(f"rollout.filter_groups = true: groups of rollout.num_generations = {rollout.num_generations} "
+                        "are all dead; raise it to at least 2 or set rollout.filter_groups=false")
+    if rollout.prompts_per_step % optim.minibatches:
+        fit = [n for n in range(1, rollout.prompts_per_step + 1) if rollout.prompts_per_step % n == 0]
+        raise UserError(f"optim.minibatches = {optim.minibatches}: must divide rollout.prompts_per_step = "
+                        f"{rollout.prompts_per_step} into batches of whole groups; use one of "
+                        f"{', '.join(map(str, fit))}")
 
 
 def _refuse_external(method: Method) -> None:

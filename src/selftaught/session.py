@@ -197,12 +197,3 @@ class Session:
         taken = time.monotonic() - began
         self.seconds[name] = self.seconds.get(name, 0.0) + taken
         return taken
-
-
-def refuse_gap(metrics: Mapping[str, float], bound: float) -> None:
-    """Stop where sampler and scorer are not the same distribution. Raises UserError."""
-    gap = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
-    if not gap <= bound:
-        raise UserError(f"the sampler's log-probs differ from the scorer's by {gap:.3g} nats on average, above "
-                        f"rollout.max_logp_gap = {bound}: they do not hold the same weights, temperature or precision; "
-                        "run `selftaught doctor`, or raise the bound if the difference is known")

@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
-from selftaught.assemble import assemble, lay_ground, make_batch, privileges_of, requests, sample_and_verify, shuffled
+from selftaught.assemble import assemble, lay_ground, make_batch, privileges_of
+from selftaught.batches import draw, optimiser_batches
 from selftaught.errors import UserError
 from selftaught.eval import rows_of
 from selftaught.finish import finish
 from selftaught.loss import chunked_loss
-from selftaught.measure import rollout_metrics, token_metrics
+from selftaught.measure import over_updates, refuse_gap, rollout_metrics, token_metrics
 from selftaught.methods import batch_credit
 from selftaught.privilege import describe
+from selftaught.records import Batch
 from selftaught.report import Health, Progress, Trackers
 from selftaught.reward import from_callables
 from selftaught.run import Run, load_run
-from selftaught.session import Interrupts, Place, Session, refuse_gap
+from selftaught.session import Interrupts, Place, Session
 
 
 @dataclass(frozen=True)
@@ -113,29 +116,53 @@ def loop(session: Session, interrupts: Interrupts) -> None:
 
 
 def step(session: Session) -> dict[str, float]:
-    """One optimiser batch."""
+    """One rollout batch."""
     parts, ground = session.parts, session.parts.ground
-    run, method, engine, scorer, number = ground.run, ground.method, parts.engine, parts.scorer, session.done
+    run, number = ground.run, session.done
     began = time.monotonic()
 
-    problems = parts.cursor.next(run.rollout.prompts_per_step)
-    rollouts, verdicts = sample_and_verify(ground, engine, requests(ground, problems, number),  # y ~ pi(. | x); r
-                                           run.rollout.num_generations, parts.sampling)
-    if run.reward is not None and run.reward.shuffle:
-        verdicts = shuffled(verdicts, run.seed, number)                                         # a control
-    metrics = {"time/sample": session.clock("sampling", began)}
+    drawn = draw(parts, number)                                                                 # y ~ pi(. | x); r
+    rollouts, verdicts = drawn.batch                                                            # without dead groups
+    metrics = {"time/sample": session.clock("sampling", began), "time/score": 0.0}
 
     scored = time.monotonic()
     privileges = privileges_of(ground, rollouts, verdicts, number)                              # c, or None
-    batch = make_batch(rollouts, verdicts, privileges, number, parts.backbone.device)           # ragged, no padding
-    names = method.scores | ({"student"} if run.loss.sampler_cap else frozenset())
-    logp = scorer.sampled(names, batch)                                                         # no gradient
+    batch = make_batch(rollouts, verdicts, privileges, number, parts.backbone.device,           # ragged, no padding
+                       mask_truncated=run.rollout.mask_truncated)
+    updates = []
+    for part, logp in optimiser_batches(parts, batch):                                          # one, or several
+        metrics["time/score"] += session.clock("scoring", scored)
+        updates.append(update(session, part, logp))
+        scored = time.monotonic()
+    metrics |= over_updates(updates)
+
+    updated = time.monotonic()
+    parts.teachers.update(number, skipped=metrics["skipped"] == len(updates))
+    parts.engine.sync(parts.backbone.model.named_parameters(), number + 1)
+    metrics["time/update"] += session.clock("updating", updated)
+
+    metrics |= rollout_metrics(drawn.rollouts, drawn.verdicts if ground.rewarder else ()) | drawn.metrics
+    metrics |= parts.teachers.distances() | (describe(privileges) if ground.privileged else {})
+    metrics["step_time"] = time.monotonic() - began
+    metrics["tokens_per_second"] = metrics["completions/tokens"] / metrics["step_time"]
+    health, sentences = session.health.check(metrics)
+    for sentence in sentences:
+        session.progress.warn(f"step {number + 1}: {sentence}")
+    if run.report.save_rollouts:
+        rows = rows_of(drawn.rollouts, drawn.verdicts, model=run.model, seed=run.seed, step=number + 1, arm="train")
+        if run.rollout.filter_groups:
+            rows = [{**row, "used": used} for row, used in zip(rows, drawn.used, strict=True)]
+        session.folder.log_rollouts(number + 1, rows)
+    return metrics | health
+
+
+def update(session: Session, batch: Batch, logp: Mapping[str, Tensor]) -> dict[str, float]:
+    """One optimiser batch."""
+    parts, method, scorer = session.parts, session.parts.ground.method, session.parts.scorer
+    run, began = session.parts.ground.run, time.monotonic()
     credit, weight, correction = batch_credit(                                                  # constants, whole batch
         method, batch.tokens, logp, reduction=run.loss.reduction, length=run.loss.length,
         sampler_cap=run.loss.sampler_cap)
-    metrics["time/score"] = session.clock("scoring", scored)
-
-    updated = time.monotonic()
     loss, found = 0.0, []
     for micro in scorer.split(batch):
         rows = micro.tokens
@@ -146,23 +173,9 @@ def step(session: Session) -> dict[str, float]:
         reduced.loss.backward()
         loss += reduced.loss.item()
         found.append(reduced.metrics)
-    metrics |= {"loss": loss} | token_metrics(batch, credit, found)
-    if not run.rollout.truncated:
-        refuse_gap(metrics, run.rollout.max_logp_gap)
-    metrics |= parts.optimizer.step(number)                                                     # clip, AdamW
+    metrics = {"loss": loss} | token_metrics(batch, credit, found, run.loss.sampler_cap)
+    if batch.tokens.logp_old is None:
+        refuse_gap(metrics, run.rollout)
+    metrics |= parts.optimizer.step(session.done)                                               # clip, AdamW
     parts.optimizer.zero_grad()                                                                 # frees it for sampling
-    parts.teachers.update(number, skipped=bool(metrics["skipped"]))
-    engine.sync(parts.backbone.model.named_parameters(), number + 1)
-    metrics["time/update"] = session.clock("updating", updated)
-
-    metrics |= rollout_metrics(rollouts, verdicts if ground.rewarder else ()) | parts.teachers.distances()
-    metrics |= describe(privileges) if ground.privileged else {}
-    metrics["step_time"] = time.monotonic() - began
-    metrics["tokens_per_second"] = metrics["completions/tokens"] / metrics["step_time"]
-    health, sentences = session.health.check(metrics)
-    for sentence in sentences:
-        session.progress.warn(f"step {number + 1}: {sentence}")
-    if run.report.save_rollouts:
-        session.folder.log_rollouts(number + 1, rows_of(rollouts, verdicts, model=run.model, seed=run.seed,
-                                                        step=number + 1, arm="train"))
-    return metrics | health
+    return metrics | {"time/update": session.clock("updating", began)}

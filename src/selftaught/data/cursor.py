@@ -13,8 +13,8 @@ from selftaught.records import Problem
 class Cursor:
     """Every problem once per epoch, in a fresh order keyed by (seed, epoch); `state` resumes it exactly.
 
-    No call of `next` returns one problem twice, also not where it runs over the end of an epoch: randomness is
-    keyed by (step, problem, sample), so a problem drawn twice in one step would give the same rollouts twice.
+    No step draws one problem twice, also not where it runs over the end of an epoch: randomness is keyed by
+    (step, problem, sample), so a problem drawn twice in one step would give the same rollouts twice.
     """
 
     def __init__(self, problems: Sequence[Problem], *, seed: int) -> None:
@@ -23,7 +23,7 @@ class Cursor:
         self._seed = seed
         self._epoch = 0
         self._position = 0
-        self._moved: list[str] = []  # ids that the last step of the previous epoch already held: they come last
+        self._moved: list[str] = []  # ids that the step over the epoch's end drew before it: they come last
         self._order = self._permutation()
 
     @property
@@ -31,18 +31,25 @@ class Cursor:
         """How many times every problem was drawn."""
         return self._epoch
 
-    def next(self, n: int) -> list[Problem]:
-        """The next `n` problems, all different. Raises UserError where there are fewer than `n` problems."""
-        if n > len(self._problems):
+    def __len__(self) -> int:
+        """How many problems there are."""
+        return len(self._problems)
+
+    def next(self, n: int, already: Sequence[str] = ()) -> list[Problem]:
+        """The next `n` problems, all different, and different from those that the step drew `already` (their ids).
+
+        Raises UserError where there are not so many.
+        """
+        if n + len(already) > len(self._problems):
             raise UserError(
-                f"rollout.prompts_per_step: {n} problems a step, but there are only {len(self._problems)} to train on; "
-                "lower it or raise data.train"
+                f"rollout.prompts_per_step: {n + len(already)} problems a step, but there are only "
+                f"{len(self._problems)} to train on; lower it or raise data.train"
             )
         ids = self._order[self._position : self._position + n]
         self._position += len(ids)
         if len(ids) < n:
             self._epoch += 1
-            self._moved = ids
+            self._moved = [*already, *ids]
             self._order = self._permutation()
             self._position = n - len(ids)
             ids = ids + self._order[: self._position]

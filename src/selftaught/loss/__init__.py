@@ -16,12 +16,15 @@ from selftaught.loss.reduction import LossConfig, sampler_correction, token_weig
 from selftaught.loss.surrogate import (
     REFERENCE_KLS,
     capped_ratio,
+    clip_ratio,
     clipped,
+    clipped_loss,
     clipped_surrogate,
     importance_ratio,
     reference_penalty,
 )
 
 __all__ = ["DIVERGENCES", "REFERENCE_KLS", "LossConfig", "Reduced", "barycenter", "capped_ratio", "chunked_loss",
-           "clipped", "clipped_kl", "clipped_surrogate", "divergence", "floored", "importance_ratio", "js", "kl",
-           "masked", "mixture", "reference_penalty", "sampler_correction", "token_weights", "with_tail"]
+           "clip_ratio", "clipped", "clipped_kl", "clipped_loss", "clipped_surrogate", "divergence", "floored",
+           "importance_ratio", "js", "kl", "masked", "mixture", "reference_penalty", "sampler_correction",
+           "token_weights", "with_tail"]

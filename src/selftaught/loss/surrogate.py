@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from selftaught.records import TokenLoss
 from selftaught.tensors import MAX_LOG_RATIO, difference, ratio
 
 REFERENCE_KLS = ("urkl", "ufkl", "rkl", "fkl")
@@ -42,6 +43,28 @@ def clipped(rho: Tensor, advantage: Tensor, *, eps_low: float | None, eps_high: 
     if dual_clip is not None:
         objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
     return -objective
+
+
+def clip_ratio(rho: Tensor, advantage: Tensor, *, eps_low: float | None, eps_high: float | None,
+               dual_clip: float | None = None) -> dict[str, Tensor]:
+    """{"clip_ratio": (n,)}: 1 at tokens that `clipped` leaves without a gradient, though their advantage is not 0."""
+    rho = rho.detach()
+    out = torch.zeros_like(rho, dtype=torch.bool)
+    if eps_high is not None:
+        out |= (advantage > 0) & (rho > 1 + eps_high)
+    if eps_low is not None:
+        out |= (advantage < 0) & (rho < 1 - eps_low)
+    if dual_clip is not None:
+        out |= (advantage < 0) & (rho > dual_clip)
+    return {"clip_ratio": out.to(rho.dtype)}
+
+
+def clipped_loss(logp: Tensor, logp_old: Tensor | None, advantage: Tensor, *, eps_low: float | None,
+                 eps_high: float | None, dual_clip: float | None = None) -> TokenLoss:
+    """`clipped_surrogate`, and `clip_ratio` beside it."""
+    rho = importance_ratio(logp, logp_old)
+    return TokenLoss(clipped(rho, advantage, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip),
+                     clip_ratio(rho, advantage, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip))
 
 
 def reference_penalty(kind: str, logp: Tensor, logp_reference: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from selftaught.credit import base_credit, broadcast, group_advantage
-from selftaught.loss import clipped_surrogate
+from selftaught.loss import clipped_loss
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
@@ -24,8 +24,9 @@ class DAPO:
 
     Its recipe reduces by `token_mean`.
 
-    Deviations: drawing again for groups that are all right or all wrong belongs to `data`, shaping the reward of
-    overlong rollouts to `reward`; neither is done here.
+    Deviations: what the paper does beside the loss is the recipe's: drawing again for groups of one score (eq. 11) is
+    `rollout.filter_groups`, the penalty of overlong rollouts (eq. 13) the reward `length`, leaving them out of the loss
+    `rollout.mask_truncated`.
     Equals: grpo with eps_high=0.28; rlsd with lam=0 when dual_clip is 3.
     """
 
@@ -44,10 +45,10 @@ class DAPO:
         return {**base_credit(batch, needs_reward=True), "advantage": broadcast(group_advantage(batch), batch)}
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
-        return TokenLoss(clipped_surrogate(
+        return clipped_loss(
             student.at_sampled, credit.get("logp_old"), credit["advantage"],
             eps_low=self.eps_low, eps_high=self.eps_high, dual_clip=self.dual_clip,
-        ))
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class DrGRPO:
         return {**base_credit(batch, needs_reward=True), "advantage": broadcast(advantage, batch)}
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
-        return TokenLoss(clipped_surrogate(
+        return clipped_loss(
             student.at_sampled, credit.get("logp_old"), credit["advantage"],
             eps_low=self.eps_low, eps_high=self.eps_high,
-        ))
+        )

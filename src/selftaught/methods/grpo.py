@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from selftaught.credit import base_credit, broadcast, group_advantage
-from selftaught.loss import clipped_surrogate
+from selftaught.loss import clipped_loss
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
@@ -47,7 +47,7 @@ class GRPO:
         return {**credit, "advantage": broadcast(advantage, batch)}
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
-        return TokenLoss(clipped_surrogate(
+        return clipped_loss(
             student.at_sampled, credit.get("logp_old"), credit["advantage"],
             eps_low=self.eps_low, eps_high=self.eps_high, dual_clip=self.dual_clip,
-        ))
+        )

@@ -93,7 +93,7 @@ def batch_credit(method: Method, batch: TokenBatch, logp: Mapping[str, Tensor], 
     weight = token_weights(reduction, credit["counted"], batch.sequence_ids, length=length, dtype=dtype)
     if batch.logp_sampler is None or sampler_cap is None:
         return credit, weight, torch.ones_like(weight)
-    old = credit["logp_old"] if "logp_old" in credit else logp["student"]
+    old = logp["student"] if batch.logp_old is None else batch.logp_old
     return credit, weight, sampler_correction(old, batch.logp_sampler, sampler_cap).to(dtype)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selftaught.credit import base_credit, broadcast, group_advantage, sequence_ratio
-from selftaught.loss import capped_ratio, clipped, importance_ratio
+from selftaught.loss import capped_ratio, clip_ratio, clipped, importance_ratio
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
@@ -47,7 +47,8 @@ class GSPO:
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         rho = credit["ratio"] * importance_ratio(student.at_sampled, None)
-        return TokenLoss(clipped(rho, credit["advantage"], eps_low=self.eps_low, eps_high=self.eps_high))
+        clip = {"eps_low": self.eps_low, "eps_high": self.eps_high}
+        return TokenLoss(clipped(rho, credit["advantage"], **clip), clip_ratio(rho, credit["advantage"], **clip))
 
 
 @dataclass(frozen=True)
@@ -82,4 +83,6 @@ class CISPO:
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         logp = student.at_sampled
         possible = torch.where(logp.isinf(), torch.zeros_like(logp), logp)  # a banned token has no gradient to give
-        return TokenLoss(-capped_ratio(logp, credit.get("logp_old"), self.cap) * credit["advantage"] * possible)
+        ratio, advantage = capped_ratio(logp, credit.get("logp_old"), None), credit["advantage"]
+        over = (ratio > self.cap) & (advantage != 0)
+        return TokenLoss(-ratio.clamp(max=self.cap) * advantage * possible, {"clip_ratio": over.to(ratio.dtype)})

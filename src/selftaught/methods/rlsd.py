@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selftaught.credit import base_credit, broadcast, evidence, evidence_weight, group_advantage, linear_decay
-from selftaught.loss import clipped_surrogate
+from selftaught.loss import clipped_loss
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
@@ -63,7 +63,7 @@ class RLSD:
         return {**credit, "advantage": advantage * weight, "weight": weight, "gap": gap}
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
-        return TokenLoss(clipped_surrogate(
+        return clipped_loss(
             student.at_sampled, credit.get("logp_old"), credit["advantage"],
             eps_low=self.eps_low, eps_high=self.eps_high, dual_clip=self.dual_clip,
-        ))
+        )

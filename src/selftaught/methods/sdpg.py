@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selftaught.credit import base_credit, broadcast, evidence, group_advantage, trapezoid
-from selftaught.loss import REFERENCE_KLS, clipped_surrogate, importance_ratio, kl, reference_penalty
+from selftaught.loss import REFERENCE_KLS, clipped_loss, importance_ratio, kl, reference_penalty
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
@@ -71,13 +71,13 @@ class SDPG:
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         logp, old, teacher = student.at_sampled, credit.get("logp_old"), views["teacher"]
-        surrogate = clipped_surrogate(logp, old, credit["advantage"], eps_low=self.eps_low, eps_high=self.eps_high,
-                                      dual_clip=self.dual_clip)
+        clip = clipped_loss(logp, old, credit["advantage"], eps_low=self.eps_low, eps_high=self.eps_high,
+                            dual_clip=self.dual_clip)
         on = credit["gate"] > 0
         part = kl(student[on].log_probs, teacher[on].log_probs)  # no vocabulary where the gate is shut
-        pull = torch.zeros_like(surrogate).masked_scatter(on, part.to(surrogate.dtype))
+        pull = torch.zeros_like(clip.loss).masked_scatter(on, part.to(clip.loss.dtype))
         leash = reference_penalty(self.reference_kl, logp, views["reference"].at_sampled)
         rho = importance_ratio(logp.detach(), old)
-        loss = surrogate + rho * (credit["beta"].to(pull.dtype) * pull + self.alpha * leash)
+        loss = clip.loss + rho * (credit["beta"].to(pull.dtype) * pull + self.alpha * leash)
         gap = evidence(teacher.at_sampled, logp).detach()
-        return TokenLoss(loss, {"gap": gap, "kl": pull.detach(), "reference_kl": leash.detach()})
+        return TokenLoss(loss, {**clip.metrics, "gap": gap, "kl": pull.detach(), "reference_kl": leash.detach()})

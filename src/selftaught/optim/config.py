@@ -32,7 +32,10 @@ class LoraConfig(Section):
 
 
 class OptimConfig(Section):
-    """The recipe's `optim:` section. A step is one rollout batch; every schedule counts steps."""
+    """The recipe's `optim:` section. A step is one rollout batch; every schedule counts steps.
+
+    So all updates on one rollout batch have one learning rate, and teachers follow once after the last of them.
+    """
 
     steps: int = Field(gt=0, description="Rollout batches of the run.")
     learning_rate: float = Field(1e-6, gt=0, allow_inf_nan=False, description="Peak learning rate.")
@@ -44,6 +47,8 @@ class OptimConfig(Section):
     eps: float = Field(1e-8, gt=0, allow_inf_nan=False, description="AdamW's epsilon.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled to this l2 norm; null: never.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights; moments are float32.")
+    updates_per_batch: int = Field(1, gt=0, description="Passes over each rollout batch (GRPO's mu).")
+    minibatches: int = Field(1, gt=0, description="Updates per pass: whole groups, in the order drawn, cut so.")
     activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     token_budget: int = Field(4096, gt=0, description="Tokens per micro-batch, prompts included.")
     lora: LoraConfig | None = Field(None, description="Train adapters instead of the weights; `dtype` is the weights'.")

@@ -17,7 +17,7 @@ class RolloutConfig(Section):
     """How responses are drawn."""
 
     num_generations: int = Field(8, ge=1, description="rollouts per problem (the group)")
-    prompts_per_step: int = Field(8, ge=1, description="problems per optimiser batch")
+    prompts_per_step: int = Field(8, ge=1, description="problems per rollout batch")
     max_completion_length: int = Field(512, ge=1, description="tokens per response at most")
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -27,6 +27,14 @@ class RolloutConfig(Section):
     stop: tuple[str, ...] = Field((), description="strings that end a response")
     max_logp_gap: float = Field(0.1, gt=0, description="mean difference in nats between the sampler's and the scorer's "
                                 "log-probs of a batch above which a run stops: they are not the same model")
+    filter_groups: bool = Field(
+        False, description="replace groups whose rollouts all have one score (the whole reward's) by other problems' "
+        "(DAPO's dynamic sampling, arXiv 2503.14476); those in excess of prompts_per_step are dropped")
+    max_resample: int = Field(3, ge=1, description="filter_groups: at most so many further draws of prompts_per_step "
+                              "problems a step; then the step goes on with the live groups that there are")
+    mask_truncated: bool = Field(
+        False, description="rollouts cut at the length limit are not in the loss and not counted; their scores stay in "
+        "the group's statistics")
     max_rows: int = Field(128, ge=1, description="responses decoded at once by the built-in engine")
 
     @property
