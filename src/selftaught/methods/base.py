@@ -21,7 +21,7 @@ from selftaught.errors import UserError, nearest
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
-NOT_METHODS = {"base", "objective"}
+NOT_METHODS = {"base", "check", "describe", "fields", "objective"}
 PARTS = ("name", "needs", "views", "scores", "credit", "loss")  # what every method has
 
 
