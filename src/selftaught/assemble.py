@@ -13,7 +13,7 @@ import torch
 from selftaught import data, privilege, reward
 from selftaught.data import Cursor, Dataset, Renderer
 from selftaught.errors import UserError
-from selftaught.methods import Method
+from selftaught.methods import Method, checked
 from selftaught.optim import Optimizer, Teachers
 from selftaught.records import Batch, Privilege, Problem, Request, Rollout, Sampling, TokenBatch, Verdict
 from selftaught.reward import Rewarder
@@ -95,7 +95,7 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     if run.reward is not None:
         reward.check(run.reward, problems, functions)
         rewarder = Rewarder(run.reward, functions)
-    return Ground(run, method, tokenizer, dataset, renderer, rewarder)
+    return Ground(run, checked(method), tokenizer, dataset, renderer, rewarder)
 
 
 def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset, privileged: bool) -> None:

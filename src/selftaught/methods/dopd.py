@@ -31,7 +31,7 @@ class DOPD:
     Routes 0, 1, 3 on the student's top_k tokens and a bucket with the rest. Its recipe reduces by `sequence_mean`.
 
     Sees: a hint without the answer, both teachers
-    Divergence: KL(S||T) or KL(S||P) on top_k tokens and a tail, or js over the whole vocabulary, by route
+    Divergence: by route a KL on top_k tokens and a tail, or js over the whole vocabulary
     Deviations: the paper does not say what is trimmed or normalised: here the mean gap is trimmed, every token
     still trains, and probabilities are compared as they are.
     Equals: nothing else; it is 0 when every view is the student.

@@ -27,7 +27,7 @@ class GKD:
     Both sides at the temperature. T reads the student's own prompt; no reward.
 
     Sees: the student's own prompt
-    Divergence: js, kl_student_teacher or kl_teacher_student, over the whole vocabulary
+    Divergence: js or a KL, over the whole vocabulary
     Deviations: on-policy alone, lambda 1 in the paper. js at its ends is 0, not a KL: ask for the KL by its name.
     Equals: sdpo with top_k None when js and weight 1/2; opsd with clip None when kl_teacher_student.
     Criticism: as weight nears 0 or 1 the js vanishes, so that weight 0.9 trains far less than 1 would; frameworks

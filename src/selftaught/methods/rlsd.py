@@ -28,7 +28,7 @@ class RLSD:
         loss   = -min(rho A_t, clip(rho, 1 - eps_low, 1 + eps_high) A_t), dual clip c where A < 0
 
     Sees: the answer
-    Divergence: none; log T(y) - log S(y) at the sampled token sizes the advantage
+    Divergence: none; log T(y) - log S(y)
     Deviations: equation 16 as printed has no ratio and so no gradient; this is equation 15 with lam inside the
     clipped surrogate, as in the authors' code. d uses the log-probs before the update (the code: the current ones;
     equal with one update per batch). A rollout without privilege has w = 1.

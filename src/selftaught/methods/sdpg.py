@@ -30,7 +30,7 @@ class SDPG:
     grpo's where an eps is set. `exclude_terminal`: g is 0 on stop tokens, which T, knowing more, would put off.
 
     Sees: the answer and a solution
-    Divergence: KL(S||T) over the whole vocabulary, and a KL to the reference at the sampled token
+    Divergence: KL(S||T) over the whole vocabulary
     Deviations: a clipped surrogate, if asked for, is PPO's, as in the authors' code (A.3: sg of it times logp).
     Equals: grpo with eps None when alpha = beta = 0.
     Criticism: the paper's own curve with beta = 0 keeps up, so little of the gain is the teacher's; its grpo baseline

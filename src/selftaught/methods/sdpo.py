@@ -25,7 +25,7 @@ class SDPO:
     student with the privileged prompt. A rollout without privilege is masked.
 
     Sees: a sibling that succeeded, or the verifier's feedback
-    Divergence: js, kl_student_teacher or kl_teacher_student, on top_k tokens and a tail
+    Divergence: js or a KL, on top_k tokens and a tail
     Deviations: the mean over tokens belongs to the reduction (the authors' code: over each micro-batch).
     Equals: gkd with js and weight 1/2 when top_k is None and the batch on-policy.
     Criticism: a group without a success, and a lone success, learn nothing; users report collapse after some hundred
