@@ -54,7 +54,8 @@ def token_metrics(batch: Batch, credit: Credit, found: Sequence[Mapping[str, Ten
     counted = credit["counted"]
     merged = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     logp = merged.pop("logp")
-    metrics = {"counted": counted.float().mean().item()}
+    share = counted.float().mean().item()
+    metrics = {"counted": share, "masked": 1 - share}
     if batch.tokens.logp_sampler is not None:
         gap = (logp - batch.tokens.logp_sampler).abs()
         metrics["sampling/sampling_logp_difference/mean"] = gap.mean().item()
@@ -62,6 +63,8 @@ def token_metrics(batch: Batch, credit: Credit, found: Sequence[Mapping[str, Ten
     constants = {f"{name}": value for name, value in credit.items() if name not in ("counted", "logp_old")}
     taught = counted if batch.tokens.privileged is None else counted & broadcast(batch.tokens.privileged, batch.tokens)
     for name, value in {**constants, **merged}.items():
+        if value.dtype == torch.int64:  # a label, such as a route: its mean would mean nothing
+            continue
         kept = value[taught if name == "gap" else counted].float()  # without a privilege there is no teacher to differ
         if not kept.numel():
             continue
