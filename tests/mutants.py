@@ -62,6 +62,20 @@ MUTANTS = [
         "test_train.py",
     ),
     Mutant(
+        "first_step_unwatched",
+        "assemble.py",
+        "return Ground(run, checked(method), ",
+        "return Ground(run, method, ",
+        "test_own_method.py",
+    ),
+    Mutant(
+        "chunk_dependence_unseen",
+        "methods/check.py",
+        "return bool((one - other).abs().max() > CLOSE",
+        "return bool((one - other).abs().max() < -CLOSE",
+        "test_own_method.py",
+    ),
+    Mutant(
         "response_offset_off_by_one",
         "tensors.py",
         "predict[index] = [last, ",
@@ -126,7 +140,7 @@ MUTANTS = [
     ),
     Mutant(
         "schedule_never_decays",
-        "credit/evidence.py",
+        "credit/schedule.py",
         "max(0.0, 1 - step / decay)",
         "1.0",
         "test_rlsd_facts.py test_methods.py",

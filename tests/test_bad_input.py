@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from own import cli, command, forked, lines, make_home, write_recipe
+from own import METHOD, cli, command, forked, lines, make_home, write_recipe
 from selftaught import assemble
 from selftaught.optim import checkpoints
 
@@ -59,6 +59,20 @@ RECIPES = {
     "unknown method": ("method=grpoo", "unknown method 'grpoo'; did you mean 'grpo'?"),
     "unknown field of a method": ("method={name: rlsd, epsw: 1}", "no field 'epsw'; did you mean 'eps_w'?"),
     "value that a method refuses": ("method={name: rlsd, lam: 2}", "lam = 2: must be in [0, 1]"),
+    "text for a number": ("method={name: sdpg, alpha: 1e-3}", "alpha = '1e-3': must be a number (in YAML"),
+    "clip of everything": ("method={name: grpo, eps_low: 1.0}", "eps_low = 1.0: must be in [0, 1), or None for"),
+    "negative cap": ("method={name: cispo, cap: -1}", "cap = -1: must be in (0, inf)"),
+    "weight at its end": ("method={name: gkd, weight: 1}", "weight = 1: must be between 0 and 1; at the ends choose"),
+    "blend above 1": ("method={name: demopsd, alpha_max: 1.5}", "alpha_max = 1.5: must be in [0, 1]"),
+    "trim of everything": ("method={name: dopd, trim: 1}", "trim = 1: must be in [0, 1)"),
+    "schedules that overlap": ("method={name: sdpg, steps: 300}", "beta_warmup = 50 and beta_decay = 350 overlap "
+                               "within steps = 300, and beta is never reached; lower them, or raise steps"),
+    "decay before the beginning": ("method={name: rlsd, lam_decay: -5}", "lam_decay = -5: must be a whole number in "),
+    "half a top_k": ("method={name: sdpo, top_k: 1.5}", "top_k = 1.5: must be a whole number in [1, inf), or"),
+    "unknown divergence": ("method={name: sdpo, divergence: kl}", "divergence = 'kl': must be one of js, kl_student"),
+    "top_k above the vocabulary": ("method={name: sdpo, top_k: 9999}", "method.top_k = 9999: the model's vocabulary"),
+    "live teacher on the plain prompt": ("method={name: opsd, teacher: {weights: live, context: plain}}",
+                                         "its teacher is the live model on the plain prompt, which is the student"),
     "unknown teacher": ("method={name: opsd, teacher: {weights: emma}}", "weights = 'emma'; did you mean 'ema'?"),
     "teacher without its rate": ("method={name: opsd, teacher: {weights: ema}}", "the rate of an ema teacher must"),
     "unknown privilege": ("privilege=answr", "privilege.kind = 'answr': it should be 'answer', 'solution'"),
@@ -87,6 +101,34 @@ def test_a_recipe_that_cannot_be_is_refused(home: Path, case: str) -> None:
         assert message in said
         assert len(said.splitlines()) <= (6 if "YAML" in message else 1), said
     assert not (home / "runs" / "never" / "run.yaml").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("method", ["sdpg", {"name": "opsd", "teacher": {"weights": "live"}}], ids=str)
+def test_a_live_teacher_that_is_shown_nothing_is_refused(home: Path, method: Any) -> None:
+    path = write_recipe(home, "null.yaml", method=method, privilege={"kind": "empty"})
+    said = refused("train", path)
+    assert "its teacher is the live model without a privilege (privilege.kind = 'empty'), which is the student" in said
+    assert "privilege.kind=answer, or set method.teacher.weights to initial, ema or snapshot" in said
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("needs", "privilege", "message"),
+    [
+        ("privilege", None, "method 'mine' needs a privilege, but the recipe has none; add for example"),
+        ("solution", None, "needs a privilege, but the recipe has none; add for example `privilege: {kind: solution}`"),
+        ("solution", {"kind": "answer"}, "privilege.kind = 'answer': method 'mine' needs solution; set"),
+        ("feedback", {"kind": "hint"}, "method 'mine' needs feedback; set privilege.kind=feedback"),
+        ("solution", {"kind": "solution"}, "'solution', but no problem has one; name its column"),
+    ],
+)  # fmt: skip
+def test_a_method_says_which_privilege_it_cannot_do_without(home: Path, needs: str, privilege: Any,
+                                                            message: str) -> None:
+    plain = METHOD.replace('"privilege"', f'"{needs}"', 1).replace('View("live", "privileged")', 'View("initial")')
+    (home / "needs.py").write_text(plain)
+    path = write_recipe(home, "needs.yaml", method={"name": f"{home / 'needs.py'}:Mine"}, privilege=privilege)
+    assert message in refused("train", path)
 
 
 @pytest.mark.usefixtures("no_model")

@@ -13,7 +13,7 @@ import torch
 from selftaught import data, privilege, reward
 from selftaught.data import Cursor, Dataset, Renderer
 from selftaught.errors import UserError
-from selftaught.methods import Method
+from selftaught.methods import Method, checked
 from selftaught.optim import Optimizer, Teachers
 from selftaught.records import Batch, Privilege, Problem, Request, Rollout, Sampling, TokenBatch, Verdict
 from selftaught.reward import Rewarder
@@ -76,6 +76,7 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     method = run.method.build()
     device_of(run)
     check_model(run.model)
+    check_vocabulary(run, method)
     if run.optim.lora is not None:
         require_peft("optim.lora")
         targets(load_skeleton(run.model), run.optim.lora.target_modules)
@@ -95,7 +96,15 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     if run.reward is not None:
         reward.check(run.reward, problems, functions)
         rewarder = Rewarder(run.reward, functions)
-    return Ground(run, method, tokenizer, dataset, renderer, rewarder)
+    return Ground(run, checked(method), tokenizer, dataset, renderer, rewarder)
+
+
+def check_vocabulary(run: Run, method: Method) -> None:
+    """Refuse a method's `top_k` of more tokens than the model's vocabulary has."""
+    top_k, size = getattr(method, "top_k", None), load_config(run.model).get_text_config().vocab_size
+    if top_k is not None and top_k > size:
+        raise UserError(f"method.top_k = {top_k}: the model's vocabulary has {size} tokens; lower it, or set "
+                        "method.top_k=null for the whole vocabulary")
 
 
 def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset, privileged: bool) -> None:

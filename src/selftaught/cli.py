@@ -93,25 +93,25 @@ def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="a method: equations, fields, source")] = None) -> None:
-    """The methods, or one method's equations and where they come from."""
-    import inspect
+def methods(name: Annotated[str | None, typer.Argument(help="a method: equations, fields, source, criticism")] = None,
+            markdown: Annotated[bool, typer.Option("--markdown", help="all of it, as a page of documentation")] = False
+            ) -> None:
+    """The methods: who teaches, by what, with which data; or all about one of them."""
+    from selftaught.methods import names
+    from selftaught.methods.describe import COLUMNS, as_markdown, as_text, describe
 
-    from selftaught.methods import method_class, method_fields, names
-
-    if name is not None:
-        cls: Any = method_class(name)
-        typer.echo(f"{name}, arXiv {getattr(cls, 'arxiv', 'unknown')}\n\n{inspect.getdoc(cls)}\n")
-        typer.echo("\n".join(f"  {field} = {default!r}" for field, default in method_fields(cls).items()))
-        for view, spec in cls().views.items():
-            typer.echo(f"  view {view}: {spec.weights} weights, {spec.context} prompt")
-        return
-    table = Table("method", "arXiv", "views beside the student", "needs", box=None, pad_edge=False)
-    for each in names():
-        cls = method_class(each)
-        views = ", ".join(f"{view} ({spec.weights}, {spec.context})" for view, spec in cls().views.items())
-        table.add_row(each, cls.arxiv, views or "none", ", ".join(sorted(cls.needs)))
-    Console().print(table)
+    if markdown:
+        if name is not None:
+            raise UserError(f"methods: --markdown writes the page of all methods, so leave {name!r} out")
+        typer.echo(as_markdown(), nl=False)
+    elif name is not None:
+        typer.echo(as_text(describe(name)))
+    else:
+        table = Table(*COLUMNS, box=None, pad_edge=False)
+        for each in names():
+            table.add_row(*describe(each).row())
+        Console().print(table)
+        typer.echo("\nselftaught methods NAME: equations, fields, source, and what is held against it")
 
 
 @app.command()

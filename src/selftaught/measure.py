@@ -104,7 +104,8 @@ def token_metrics(batch: Batch, credit: Credit, found: Sequence[Mapping[str, Ten
     counted, old = credit["counted"], batch.tokens.logp_old
     merged = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     logp, clipped = merged.pop("logp"), merged.pop("clip_ratio", None)
-    metrics = {"counted": counted.float().mean().item()}
+    share = counted.float().mean().item()
+    metrics = {"counted": share, "masked": 1 - share}
     metrics |= sampler_gap(batch.tokens, logp if old is None else old)
     if sampler_cap is not None and batch.tokens.logp_sampler is not None and counted.any():
         log_ratio = difference(logp if old is None else old, batch.tokens.logp_sampler)[counted]
@@ -117,6 +118,8 @@ def token_metrics(batch: Batch, credit: Credit, found: Sequence[Mapping[str, Ten
     constants = {f"{name}": value for name, value in credit.items() if name not in ("counted", "logp_old")}
     taught = counted if batch.tokens.privileged is None else counted & broadcast(batch.tokens.privileged, batch.tokens)
     for name, value in {**constants, **merged}.items():
+        if value.dtype == torch.int64:  # a label, such as a route: its mean would mean nothing
+            continue
         kept = value[taught if name == "gap" else counted].float()  # without a privilege there is no teacher to differ
         if not kept.numel():
             continue

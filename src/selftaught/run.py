@@ -88,6 +88,8 @@ class Run(Section):
         if privileged and self.privilege is None:
             raise UserError(f"method {method.name!r}: its {privileged[0]} sees a privilege, but the recipe has none; "
                             "add for example `privilege: {kind: answer}`")
+        _refuse_null_teacher(method, self.privilege)
+        _refuse_other_privilege(method, self.privilege)
         if "reward" in method.needs and self.reward is None:
             raise UserError(f"method {method.name!r} needs a reward, but the recipe has none; add `reward: NAME`")
         if self.reward is None and self.data.heldout > 0:
@@ -129,6 +131,31 @@ def _refuse_batches(run: Run, method: Method) -> None:
         raise UserError(f"optim.minibatches = {optim.minibatches}: must divide rollout.prompts_per_step = "
                         f"{rollout.prompts_per_step} into batches of whole groups; use one of "
                         f"{', '.join(map(str, fit))}")
+
+
+def _refuse_null_teacher(method: Method, privilege: PrivilegeConfig | None) -> None:
+    """Raise UserError for a view that is the student itself: its terms would be zero, and look as if they taught."""
+    unseen = privilege is not None and privilege.kind == "empty"
+    for name, view in method.views.items():
+        if view.weights != "live" or (view.context == "privileged" and not unseen):
+            continue
+        shown, remedy = "on the plain prompt", f"set method.{name}.context=privileged"
+        if view.context == "privileged":
+            shown, remedy = "without a privilege (privilege.kind = 'empty')", "give one, as in privilege.kind=answer"
+        raise UserError(f"method {method.name!r}: its {name} is the live model {shown}, which is the student itself, "
+                        f"so there is nothing to learn from it; {remedy}, or set method.{name}.weights to initial, "
+                        "ema or snapshot")
+
+
+def _refuse_other_privilege(method: Method, privilege: PrivilegeConfig | None) -> None:
+    """Raise UserError for a privilege of another kind than the method says it needs."""
+    kinds = sorted(method.needs & {"answer", "solution", "feedback"})
+    if privilege is None and (kinds or "privilege" in method.needs):
+        raise UserError(f"method {method.name!r} needs a privilege, but the recipe has none; add for example "
+                        f"`privilege: {{kind: {kinds[0] if kinds else 'answer'}}}`")
+    if privilege is not None and kinds and privilege.base not in (*kinds, "empty"):
+        raise UserError(f"privilege.kind = {privilege.kind!r}: method {method.name!r} needs {' or '.join(kinds)}; set "
+                        f"privilege.kind={kinds[0]}")
 
 
 def _refuse_external(method: Method) -> None:

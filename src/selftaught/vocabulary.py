@@ -73,6 +73,11 @@ class TokenDist:
     def _raw(self) -> Tensor:
         return upcast(self._logits if isinstance(self._logits, Tensor) else self._logits())
 
+    @property
+    def raw(self) -> Tensor:
+        """(n, V), before the temperature."""
+        return self._raw
+
     @cached_property
     def logits(self) -> Tensor:
         """(n, V), divided by the temperature."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import sys
 import zlib
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Protocol
@@ -21,7 +22,8 @@ from selftaught.errors import UserError, nearest
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
-NOT_METHODS = {"base", "objective"}
+NOT_METHODS = {"base", "check", "describe", "fields", "objective"}
+NEEDS = ("reward", "group", "privilege", "answer", "solution", "feedback")  # what `needs` may name
 PARTS = ("name", "needs", "views", "scores", "credit", "loss")  # what every method has
 
 
@@ -34,7 +36,6 @@ class Method(Protocol):
     """
 
     name: ClassVar[str]
-    arxiv: ClassVar[str]
     needs: ClassVar[frozenset[str]]
 
     @property
@@ -77,7 +78,7 @@ def method_class(name: str) -> Any:
     external = {point.name: point for point in entry_points(group="selftaught.methods")}
     if ":" not in name and name not in external:
         raise UserError(f"unknown method {name!r}; {nearest(name, [*registry(), *external])}")
-    cls = _imported(name) if ":" in name else external[name].load()
+    cls = _imported(name) if ":" in name else _loaded(name, external[name])
     _check_whole(name, cls)
     return cls
 
@@ -89,12 +90,27 @@ def _imported(name: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever the user's own code raises
-        kind = "" if isinstance(error, ImportError | SyntaxError) else f"{type(error).__name__}: "
+        kind = _kind(error, ImportError, SyntaxError)
         raise UserError(f"method {name!r} cannot be imported: {kind}{error}") from error
     try:
         return getattr(module, attribute)
     except AttributeError as error:
-        raise UserError(f"method {name!r}: {where} has no {attribute!r}") from error
+        classes = [key for key, value in vars(module).items() if isinstance(value, type) and hasattr(value, "needs")]
+        hint = f"; {nearest(attribute, classes)}" if classes else ""
+        raise UserError(f"method {name!r}: {where} has no {attribute!r}{hint}") from error
+
+
+def _loaded(name: str, point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except Exception as error:  # whatever the package's code raises
+        raise UserError(f"method {name!r} is the entry point {point.value!r}, which cannot be imported: "
+                        f"{_kind(error, ImportError, SyntaxError, AttributeError)}{error}") from error
+
+
+def _kind(error: Exception, *telling: type[Exception]) -> str:
+    """The error's type, where its message does not tell it."""
+    return "" if isinstance(error, telling) else f"{type(error).__name__}: "
 
 
 def _file(name: str, path: Path) -> ModuleType:
@@ -143,8 +159,11 @@ def build(name: str, **fields: Any) -> Method:
     known = method_fields(cls)
     try:
         defaults = cls().views
-    except (TypeError, ValueError) as error:
-        raise UserError(f"method {name!r} cannot be made with its fields at their defaults: {error}") from error
+    except Exception as error:  # whatever the user's own code raises
+        raise UserError(f"method {name!r} cannot be made with its fields at their defaults: "
+                        f"{_kind(error, TypeError, ValueError)}{error}") from error
+    if cls not in registry().values():
+        _check_parts(name, cls())
     changed = {view: _changed(name, view, defaults[view], fields.pop(view)) for view in list(fields)
                if view in defaults and isinstance(fields[view], Mapping)}
     for field in fields:
@@ -154,8 +173,26 @@ def build(name: str, **fields: Any) -> Method:
         fields["views"] = {**defaults, **changed}
     try:
         return cls(**fields)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"method {name!r}: {error}") from error
+    except Exception as error:
+        raise UserError(f"method {name!r}: {_kind(error, TypeError, ValueError)}{error}") from error
+
+
+def _check_parts(name: str, method: Any) -> None:
+    """Refuse (UserError) a user's own method whose parts are not what the trainer will read them as."""
+    if not isinstance(method.views, Mapping) or not all(isinstance(view, View) for view in method.views.values()):
+        raise UserError(f"method {name!r}: views must be a mapping of names to View(weights, context)")
+    for part, known in (("needs", NEEDS), ("scores", (*method.views, "student", "student.entropy"))):
+        given = getattr(method, part)
+        if not isinstance(given, set | frozenset):
+            raise UserError(f"method {name!r}: {part} must be a frozenset of names, not {given!r}")
+        for each in given:
+            if each not in known:
+                raise UserError(f"method {name!r}: {part} names {each!r}; {nearest(str(each), known)}")
+    for function, arguments in (("credit", ("batch", "logp")), ("loss", ("student", "views", "credit"))):
+        try:
+            inspect.signature(getattr(method, function)).bind(*arguments)
+        except (TypeError, ValueError):
+            raise UserError(f"method {name!r}: it must be {function}(self, {', '.join(arguments)})") from None
 
 
 def _changed(name: str, view: str, default: View, changes: Mapping[str, Any]) -> View:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selftaught.credit import base_credit, broadcast, group_advantage
 from selftaught.loss import clipped_loss
+from selftaught.methods.fields import CLIP, DUAL_CLIP, require
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
@@ -24,22 +25,27 @@ class DAPO:
 
     Its recipe reduces by `token_mean`.
 
+    Divergence: none; clipped surrogate
     Deviations: what the paper does beside the loss is the recipe's: drawing again for groups of one score (eq. 11) is
     `rollout.filter_groups`, the penalty of overlong rollouts (eq. 13) the reward `length`, leaving them out of the loss
     `rollout.mask_truncated`.
     Equals: grpo with eps_high=0.28; rlsd with lam=0 when dual_clip is 3.
+    Criticism: a reproduction in verl puts most of the gain over grpo in the mean over tokens, little in drawing again.
     """
 
     name: ClassVar[str] = "dapo"
     arxiv: ClassVar[str] = "2503.14476"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
 
-    eps_low: float | None = 0.2
-    eps_high: float | None = 0.28
-    dual_clip: float | None = None
+    eps_low: float | None = 0.2  #: rho is clipped from below at 1 - eps_low; None: it is not
+    eps_high: float | None = 0.28  #: rho is clipped from above at 1 + eps_high; None: it is not
+    dual_clip: float | None = None  #: where A < 0 the loss is at most -dual_clip A; None: no bound
 
     views: ClassVar[Mapping[str, View]] = {}
     scores: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        require(self, **CLIP, dual_clip=DUAL_CLIP)
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         return {**base_credit(batch, needs_reward=True), "advantage": broadcast(group_advantage(batch), batch)}
@@ -61,19 +67,24 @@ class DrGRPO:
 
     Its recipe reduces by `constant`, with the longest response allowed as `length`.
 
+    Divergence: none; clipped surrogate
     Deviations: none.
     Equals: grpo with scale_by_std=False.
+    Criticism: its step grows with the rewards' scale and shrinks with `length`: rates do not carry over from grpo.
     """
 
     name: ClassVar[str] = "dr_grpo"
     arxiv: ClassVar[str] = "2503.20783"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
 
-    eps_low: float | None = 0.2
-    eps_high: float | None = 0.2
+    eps_low: float | None = 0.2  #: rho is clipped from below at 1 - eps_low; None: it is not
+    eps_high: float | None = 0.2  #: rho is clipped from above at 1 + eps_high; None: it is not
 
     views: ClassVar[Mapping[str, View]] = {}
     scores: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        require(self, **CLIP)
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         advantage = group_advantage(batch, scale_by_std=False)

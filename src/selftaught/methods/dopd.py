@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selftaught.credit import base_credit, evidence, routes
 from selftaught.loss import js, kl, with_tail
+from selftaught.methods.fields import require
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
@@ -29,29 +30,31 @@ class DOPD:
 
     Routes 0, 1, 3 on the student's top_k tokens and a bucket with the rest. Its recipe reduces by `sequence_mean`.
 
+    Sees: a hint without the answer, both teachers
+    Divergence: by route a KL on top_k tokens and a tail, or js over the whole vocabulary
     Deviations: the paper does not say what is trimmed or normalised: here the mean gap is trimmed, every token
     still trains, and probabilities are compared as they are.
     Equals: nothing else; it is 0 when every view is the student.
+    Criticism: its hints come from a much larger model, and with the plain answer it did worse than with nothing; no
+    code, no seeds; route 2, called the strong one, is rare by construction and weakest near agreement.
     """
 
     name: ClassVar[str] = "dopd"
     arxiv: ClassVar[str] = "2606.30626"
     needs: ClassVar[frozenset[str]] = frozenset({"privilege"})
 
-    beta_light: float = 0.6
-    beta_weak: float = 0.3
-    top_k: int | None = 128
-    trim: float = 0.05
+    beta_light: float = 0.6  #: weight of routes 0 and 3
+    beta_weak: float = 0.3  #: weight of route 1
+    top_k: int | None = 128  #: the student's likeliest tokens, beside a bucket with the rest; None: the vocabulary
+    trim: float = 0.05  #: share of the largest gaps that the mean gap leaves out
     views: Mapping[str, View] = field(default_factory=lambda: {
         "teacher": View("external", "privileged"), "privileged_student": View("live", "privileged")})
 
     scores: ClassVar[frozenset[str]] = frozenset({"teacher", "privileged_student"})
 
     def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k = {self.top_k}: must be at least 1, or None for the whole vocabulary")
-        if not 0 <= self.trim < 1:
-            raise ValueError(f"trim = {self.trim}: must be in [0, 1)")
+        require(self, beta_light="[0, inf)", beta_weak="[0, inf)", trim="[0, 1)",
+                top_k="int [1, inf) or None: the whole vocabulary")
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         credit = base_credit(batch, needs_privilege=True)

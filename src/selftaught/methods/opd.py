@@ -1,4 +1,4 @@
-"""Distillation on the student's own rollouts: sampled token (OPD) and whole vocabulary (GKD, arXiv 2306.13649)."""
+"""OPD: distillation on the student's own rollouts, by the sampled token (arXiv 2306.08543)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from selftaught.credit import base_credit, evidence
-from selftaught.loss import DIVERGENCES, divergence, importance_ratio
+from selftaught.credit import base_credit
+from selftaught.loss import importance_ratio
+from selftaught.methods.fields import require
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.tensors import difference
 from selftaught.vocabulary import TokenDist
@@ -26,18 +27,25 @@ class OPD:
     tinker-cookbook's on-policy distillation; arXiv 2306.08543 without its sum over later
     tokens.
 
+    Sees: the student's own prompt
+    Divergence: KL(S||T) at the sampled token
     Deviations: none; a discounted sum of later gaps, 0 by default there, is left out.
     Equals: KL(S||T), in its expected gradient over y ~ S, when coef is 1.
+    Criticism: one sampled token is a noisy estimate of KL(S||T); published runs start from a student that was first
+    fine-tuned to write much as the teacher does; it cannot see what the teacher would have said instead.
     """
 
     name: ClassVar[str] = "opd"
     arxiv: ClassVar[str] = "2306.08543"
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    coef: float = 1.0
+    coef: float = 1.0  #: scale of the gap
     views: Mapping[str, View] = field(default_factory=lambda: {"teacher": View("external", "plain")})
 
     scores: ClassVar[frozenset[str]] = frozenset({"teacher", "student"})
+
+    def __post_init__(self) -> None:
+        require(self, coef="(0, inf)")
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         credit, teacher = base_credit(batch), logp["teacher"]
@@ -47,46 +55,3 @@ class OPD:
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         return TokenLoss(-importance_ratio(student.at_sampled, credit.get("logp_old")) * self.coef * credit["gap"])
-
-
-@dataclass(frozen=True)
-class GKD:
-    """A divergence from a larger teacher on the student's own rollouts, over the whole vocabulary.
-
-        kl_teacher_student   loss = KL(T||S)
-        kl_student_teacher   loss = KL(S||T)
-        js                   loss = weight KL(T||M) + (1 - weight) KL(S||M),
-                             M = weight T + (1 - weight) S, 0 < weight < 1
-
-    Both sides at the temperature. T reads the student's own prompt; no reward.
-
-    Deviations: on-policy alone, lambda 1 in the paper. js at its ends is 0, not a KL: ask for the KL by its name.
-    Equals: sdpo with top_k None when js and weight 1/2; opsd with clip None when kl_teacher_student.
-    """
-
-    name: ClassVar[str] = "gkd"
-    arxiv: ClassVar[str] = "2306.13649"
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    divergence: str = "js"
-    weight: float = 0.5
-    temperature: float = 1.0
-    views: Mapping[str, View] = field(default_factory=lambda: {"teacher": View("external", "plain")})
-
-    scores: ClassVar[frozenset[str]] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"divergence = {self.divergence!r}: must be one of {', '.join(DIVERGENCES)}")
-        if not 0 < self.weight < 1:
-            raise ValueError(f"weight = {self.weight}: must be between 0 and 1; at the ends choose a kl by its name")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature = {self.temperature}: must be above 0")
-
-    def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
-        return base_credit(batch)
-
-    def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
-        teacher, own = views["teacher"].at(self.temperature), student.at(self.temperature)
-        loss = divergence(self.divergence, teacher.log_probs, own.log_probs, self.weight)
-        return TokenLoss(loss, {"gap": evidence(teacher.at_sampled, own.at_sampled).detach(), "kl": loss.detach()})

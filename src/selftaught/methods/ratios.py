@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selftaught.credit import base_credit, broadcast, group_advantage, sequence_ratio
 from selftaught.loss import capped_ratio, clip_ratio, clipped, importance_ratio
+from selftaught.methods.fields import CLIP, require
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
@@ -26,19 +27,24 @@ class GSPO:
     So every token's loss has the value of its rollout's, and the mean over the rollout has the gradient of
     -min(s A, clip(s) A). Its recipe reduces by `sequence_mean`.
 
+    Divergence: none; clipped surrogate
     Deviations: none.
     Equals: grpo with the same clip on rollouts of one token, and on-policy.
+    Criticism: with one update per batch the ratio is 1, and nothing of the method is left but its reduction.
     """
 
     name: ClassVar[str] = "gspo"
     arxiv: ClassVar[str] = "2507.18071"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
 
-    eps_low: float | None = 3e-4
-    eps_high: float | None = 4e-4
+    eps_low: float | None = 3e-4  #: s is clipped from below at 1 - eps_low; None: it is not
+    eps_high: float | None = 4e-4  #: s is clipped from above at 1 + eps_high; None: it is not
 
     views: ClassVar[Mapping[str, View]] = {}
     scores: ClassVar[frozenset[str]] = frozenset({"student"})
+
+    def __post_init__(self) -> None:
+        require(self, **CLIP)
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         credit = base_credit(batch, needs_reward=True)
@@ -60,22 +66,23 @@ class CISPO:
 
     Its recipe reduces by `token_mean`.
 
+    Divergence: none; REINFORCE with a capped ratio
     Deviations: the paper's lower bound of the ratio is left out, as the paper does in its runs.
     Equals: grpo without clip in gradient, though not in value, when cap is infinite.
+    Criticism: nobody agrees on the cap (5 in TRL's advice, 1.2 in verl's example); on-policy it does nothing.
     """
 
     name: ClassVar[str] = "cispo"
     arxiv: ClassVar[str] = "2506.13585"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group"})
 
-    cap: float = 5.0
+    cap: float = 5.0  #: the largest ratio that a token's gradient is multiplied by
 
     views: ClassVar[Mapping[str, View]] = {}
     scores: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        if not self.cap > 0:
-            raise ValueError(f"cap = {self.cap}: must be above 0")
+        require(self, cap="(0, inf)")
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         return {**base_credit(batch, needs_reward=True), "advantage": broadcast(group_advantage(batch), batch)}

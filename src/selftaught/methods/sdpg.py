@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selftaught.credit import base_credit, broadcast, evidence, group_advantage, trapezoid
 from selftaught.loss import REFERENCE_KLS, clipped_loss, importance_ratio, kl, reference_penalty
+from selftaught.methods.fields import CLIP, DUAL_CLIP, require
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
@@ -28,35 +29,42 @@ class SDPG:
     T is the student itself, live, with the privileged prompt; ref the initial policy. The surrogate is -rho A, or
     grpo's where an eps is set. `exclude_terminal`: g is 0 on stop tokens, which T, knowing more, would put off.
 
+    Sees: the answer and a solution
+    Divergence: KL(S||T) over the whole vocabulary
     Deviations: a clipped surrogate, if asked for, is PPO's, as in the authors' code (A.3: sg of it times logp).
     Equals: grpo with eps None when alpha = beta = 0.
+    Criticism: the paper's own curve with beta = 0 keeps up, so little of the gain is the teacher's; its grpo baseline
+    puts a KL into the reward before dividing by the std; gate and schedule are off in the code unless set; on stop
+    tokens the teacher, knowing more, wants to go on.
     """
 
     name: ClassVar[str] = "sdpg"
     arxiv: ClassVar[str] = "2606.04036"
     needs: ClassVar[frozenset[str]] = frozenset({"reward", "group", "privilege"})
 
-    beta: float = 1e-3
-    beta_warmup: int = 50
-    beta_decay: int = 350
-    steps: int = 400
-    alpha: float = 1e-3
-    reference_kl: str = "urkl"
-    gate: str = "positive"
-    exclude_terminal: bool = False
-    eps_low: float | None = None
-    eps_high: float | None = None
-    dual_clip: float | None = None
+    beta: float = 1e-3  #: weight of KL(S||T) at its highest
+    beta_warmup: int = 50  #: steps in which beta_k rises to beta; 0: it begins there
+    beta_decay: int = 350  #: last steps of `steps`, in which beta_k falls to 0; 0: it does not
+    steps: int = 400  #: length of that schedule
+    alpha: float = 1e-3  #: weight of the KL to the reference
+    reference_kl: str = "urkl"  #: urkl or rkl, of KL(S||ref); ufkl or fkl, of KL(ref||S)
+    gate: str = "positive"  #: positive: the teacher speaks where A > 0; all: everywhere
+    exclude_terminal: bool = False  #: the teacher is silent on stop tokens
+    eps_low: float | None = None  #: rho is clipped from below at 1 - eps_low; None: it is not
+    eps_high: float | None = None  #: rho is clipped from above at 1 + eps_high; None: it is not
+    dual_clip: float | None = None  #: where A < 0 the loss is at most -dual_clip A; None: no bound
     views: Mapping[str, View] = field(default_factory=lambda: {
         "teacher": View("live", "privileged"), "reference": View("initial", "plain")})
 
     scores: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.reference_kl not in REFERENCE_KLS:
-            raise ValueError(f"reference_kl = {self.reference_kl!r}: must be one of {', '.join(REFERENCE_KLS)}")
-        if self.gate not in ("positive", "all"):
-            raise ValueError(f"gate = {self.gate!r}: must be positive or all")
+        require(self, beta="[0, inf)", alpha="[0, inf)", beta_warmup="int [0, inf)", beta_decay="int [0, inf)",
+                steps="int [1, inf)", reference_kl=f"one of {', '.join(REFERENCE_KLS)}", gate="one of positive, all",
+                **CLIP, dual_clip=DUAL_CLIP)
+        if self.beta_warmup + self.beta_decay > self.steps:
+            raise ValueError(f"beta_warmup = {self.beta_warmup} and beta_decay = {self.beta_decay} overlap within "
+                             f"steps = {self.steps}, and beta is never reached; lower them, or raise steps")
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         advantage = broadcast(group_advantage(batch), batch)

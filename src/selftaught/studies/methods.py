@@ -148,7 +148,7 @@ def row_of(arm: Arm, out: Path) -> dict[str, Any] | None:
         theirs = out / Arm(arm.method, other, arm.seed).name / "completions.jsonl"
         if theirs.is_file() and (theirs.parent / "results.json").is_file():
             last = [select(read_rows(path)) for path in (theirs, folder / "completions.jsonl")]
-            found["over"][other] = compare(*last, (1,))["pass@1"]
+            found["over"][other] = compare(last[0], last[1], (1,))["pass@1"]
     return found
 
 
