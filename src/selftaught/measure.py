@@ -59,7 +59,8 @@ def token_metrics(batch: Batch, credit: Credit, found: Sequence[Mapping[str, Ten
         gap = (logp - batch.tokens.logp_sampler).abs()
         metrics["sampling/sampling_logp_difference/mean"] = gap.mean().item()
         metrics["sampling/sampling_logp_difference/max"] = gap.max().item()
-    constants = {f"{name}": value for name, value in credit.items() if name not in ("counted", "logp_old")}
+    constants = {name: value for name, value in credit.items()  # with a dot: of one teacher of several
+                 if name not in ("counted", "logp_old") and "." not in name}
     taught = counted if batch.tokens.privileged is None else counted & broadcast(batch.tokens.privileged, batch.tokens)
     for name, value in {**constants, **merged}.items():
         kept = value[taught if name == "gap" else counted].float()  # without a privilege there is no teacher to differ

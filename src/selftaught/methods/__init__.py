@@ -2,6 +2,7 @@
 
 from selftaught.methods.base import Method, build, method_class, method_fields, names
 from selftaught.methods.objective import Objective, batch_credit, chunked_objective, objective
+from selftaught.methods.several import Several
 
-__all__ = ["Method", "Objective", "batch_credit", "build", "chunked_objective", "method_class", "method_fields",
-           "names", "objective"]
+__all__ = ["Method", "Objective", "Several", "batch_credit", "build", "chunked_objective", "method_class",
+           "method_fields", "names", "objective"]

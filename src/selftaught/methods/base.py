@@ -21,7 +21,7 @@ from selftaught.errors import UserError, nearest
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
-NOT_METHODS = {"base", "objective"}
+NOT_METHODS = {"base", "objective", "several"}
 PARTS = ("name", "needs", "views", "scores", "credit", "loss")  # what every method has
 
 
@@ -159,7 +159,7 @@ def build(name: str, **fields: Any) -> Method:
 
 
 def _changed(name: str, view: str, default: View, changes: Mapping[str, Any]) -> View:
-    known = [f.name for f in dataclasses.fields(View)]
+    known = [f.name for f in dataclasses.fields(View) if f.name != "nth"]  # which is the trainer's to set
     for field in changes:
         if field not in known:
             raise UserError(f"method {name!r}, view {view!r} has no field {field!r}; {nearest(field, known)}")
