@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from selftaught import data, privilege, reward
 from selftaught.data import Cursor, Dataset, Renderer
 from selftaught.errors import UserError
-from selftaught.methods import Method, checked
+from selftaught.methods import Method, Several, checked
 from selftaught.optim import Optimizer, Teachers
 from selftaught.records import Batch, Privilege, Problem, Request, Rollout, Sampling, TokenBatch, Verdict
 from selftaught.reward import Rewarder
@@ -90,7 +89,15 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
                         f"{len(dataset.train)} training problems; lower it or raise data.train")
     if run.privilege is not None:
         privilege.check(run.privilege, problems)
+        if run.privilege.thinking is not None and not renderer.has_thinking_switch(problems[0]):
+            raise UserError(f"privilege.thinking = {str(run.privilege.thinking).lower()}: the prompt has no such "
+                            "switch, because its template is a completion or knows no enable_thinking; remove it, or "
+                            "use a model that has one")
     privileged = any(view.context == "privileged" for view in method.views.values())
+    if privileged and run.privilege is not None and run.privilege.teachers > 1:
+        assert run.privilege.combine != "together"
+        several = Several(method, run.privilege.teachers, run.privilege.combine)
+        method = cast(Method, several)  # a method by all that is asked of one, but its name is not its class's
     check_context(run, tokenizer, renderer, dataset, privileged)
     rewarder = None
     if run.reward is not None:
@@ -121,9 +128,11 @@ def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset
                "privileged prompt": "set privilege.max_prompt_length or privilege.max_tokens"}
     asked = dict(longest)
     if run.privilege is not None and run.eval.controls and dataset.heldout:
-        asked["privileged prompt"] = longest_privileged(run, renderer, dataset, dataset.heldout, made=False)
+        asked["privileged prompt"] = privilege.longest(run.privilege, dataset.heldout, dataset.train, renderer,
+                                                       seed=run.seed, written=None)
     if run.privilege is not None and privileged:
-        longest["privileged prompt"] = longest_privileged(run, renderer, dataset, problems, made=True)
+        longest["privileged prompt"] = privilege.longest(run.privilege, problems, dataset.train, renderer,
+                                                         seed=run.seed, written=written)
     for what, size in longest.items():
         need = size + written
         if limit is not None and need > limit:
@@ -137,22 +146,6 @@ def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset
         if limit is not None and size + evaluated > limit:
             raise UserError(f"eval.max_completion_length = {evaluated}: with the longest {what} of {size} tokens it is "
                             f"over the model's context of {limit}; lower it to {limit - size}, or {shorten[what]}")
-
-
-def longest_privileged(run: Run, renderer: Renderer, dataset: Dataset, problems: Sequence[Problem], made: bool) -> int:
-    """Tokens of the longest privileged prompt; with `made`, evidence that rollouts will make counts at its longest."""
-    config = run.privilege
-    assert config is not None
-    room = 0
-    if made and config.kind in ("demonstration", "feedback"):
-        room = min(config.max_tokens or sys.maxsize, run.rollout.max_completion_length)
-        problems = [replace(problem, solution="1") for problem in problems]  # one token, and the template around it
-        shown = config.model_copy(update={"kind": "solution", "template": config.block("{privilege}")})
-    else:
-        shown = privilege.control(config, "right")
-    given = privilege.for_problems(shown, problems, dataset.train, renderer, seed=run.seed, step=0)
-    size = room + max((len(c.prompt.token_ids) for c in given if c is not None), default=0)
-    return min(size, config.max_prompt_length or size)
 
 
 def device_of(run: Run) -> str:
@@ -272,6 +265,7 @@ def make_batch(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], privile
         reward=torch.tensor(scores).to(device),
         group=torch.tensor([groups[rollout.problem.id] for rollout in rollouts]).to(device),
         privileged=torch.tensor([p is not None for p in privileges]).to(device),
+        privileges=torch.tensor([0 if p is None else 1 + len(p.others) for p in privileges]).to(device),
         terminal=terminal.to(device),
         mask=torch.tensor([flag for row in written for flag in row]).to(device),
         logp_sampler=torch.tensor([p for rollout in rollouts for p in rollout.logp_sampler]).to(device),
@@ -279,4 +273,8 @@ def make_batch(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], privile
     )
     plain = tuple(rollout.prompt.token_ids for rollout in rollouts)
     seen = tuple(prompt if p is None else p.prompt.token_ids for prompt, p in zip(plain, privileges, strict=True))
-    return Batch(tokens, {"plain": plain, "privileged": seen}, tuple(rollout.token_ids for rollout in rollouts))
+    contexts = {"plain": plain, "privileged": seen}
+    for nth in range(max((len(p.others) for p in privileges if p is not None), default=0)):
+        contexts[f"privileged.{nth + 1}"] = tuple(
+            p.others[nth].prompt.token_ids if p is not None and nth < len(p.others) else () for p in privileges)
+    return Batch(tokens, contexts, tuple(rollout.token_ids for rollout in rollouts))

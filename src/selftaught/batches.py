@@ -123,7 +123,7 @@ def pick(batch: Batch, rollouts: Sequence[int]) -> tuple[Batch, Tensor]:
     rows = kept[tokens.sequence_ids]
     per_token = {name: value[rows] for name in ("tokens", "logp_old", "terminal", "mask", "logp_sampler")
                  if (value := getattr(tokens, name)) is not None}
-    per_rollout = {name: value[kept] for name in ("reward", "group", "privileged")
+    per_rollout = {name: value[kept] for name in ("reward", "group", "privileged", "privileges")
                    if (value := getattr(tokens, name)) is not None}
     number = kept.long().cumsum(0) - 1
     mine = replace(tokens, sequence_ids=number[tokens.sequence_ids[rows]], **per_token, **per_rollout)

@@ -113,9 +113,9 @@ def seam(ground: Ground) -> str:
     if config is None or not ground.privileged:
         return "the student's prompt:\n" + ground.tokenizer.decode(list(ground.renderer.prompt(problem).token_ids))
     shown = privilege.control(config, "right")
-    blocks = [shown.block(privilege.evidence(shown, one) or "") for one in (*ground.dataset.shots, problem)]
+    blocks = [privilege.block(shown, one) for one in (*ground.dataset.shots, problem)]
     return ("the student's prompt, and between [[+ and +]] what only the teacher sees:\n"
-            + ground.renderer.seam(problem, blocks[-1], blocks[:-1]))
+            + ground.renderer.seam(problem, blocks[-1], blocks[:-1], shown.thinking))
 
 
 def trial(ground: Ground, parts: Parts) -> list[Line]:
@@ -162,8 +162,9 @@ def null_teacher(ground: Ground, parts: Parts) -> Line:
     if ground.run.privilege is None:
         return Line(True, "null teacher: the recipe has no privilege")
     problems = ground.dataset.train[:TRIAL_PROBLEMS]
-    empty = privilege.for_problems(privilege.control(ground.run.privilege, "empty"), problems, ground.dataset.train,
-                                   ground.renderer, seed=ground.run.seed, step=0)
+    nothing = privilege.control(ground.run.privilege, "empty").model_copy(update={"thinking": None})
+    empty = privilege.for_problems(nothing, problems, ground.dataset.train, ground.renderer, seed=ground.run.seed,
+                                   step=0)
     rollouts = parts.engine.sample(requests(ground, problems, 0), 2, parts.sampling)
     batch = make_batch(rollouts, [Verdict(None)] * len(rollouts), [c for c in empty for _ in range(2)], 0,
                        parts.backbone.device)

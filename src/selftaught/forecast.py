@@ -54,6 +54,7 @@ def forecast(ground: Ground) -> Forecast:
     trained, width_of_trained = (count, size) if lora is None else (
         adapter_size(model, lora.rank, lora.target_modules), 4)  # adapters are float32, whatever the weights are
     kept = {(view.weights, view.every, view.rate) for view in ground.method.views.values() if view.weights != "live"}
+    further = sum(view.nth > 0 for view in ground.method.views.values())  # each with its logits and log-probs
     layers = 1 if run.optim.activation_checkpointing else text.num_hidden_layers
     rows = min(run.rollout.max_rows, run.rollout.num_generations * run.rollout.prompts_per_step)
     width = text.hidden_size
@@ -75,7 +76,7 @@ def forecast(ground: Ground) -> Forecast:
             "optimiser": trained * (8 if width_of_trained == 4 else 12),
             "teachers": len(kept) * trained * width_of_trained,
             "activations": run.optim.token_budget * width * ACTIVATION_FLOATS * layers * size,
-            "head": CHUNK_ELEMENTS * 4 * 5 + head,
+            "head": CHUNK_ELEMENTS * 4 * (5 + 2 * further) + head,
             "sampling": rows * (run.rollout.max_completion_length + longest // run.rollout.num_generations) * kv * size,
             "libraries": int(0.7 * GB),
         },

@@ -115,7 +115,8 @@ def token_metrics(batch: Batch, credit: Credit, found: Sequence[Mapping[str, Ten
         metrics["approx_kl"] = _k3(difference(logp, old)[counted]).mean().item()
         if clipped is not None:
             metrics["clip_ratio"] = clipped[counted].float().mean().item()
-    constants = {f"{name}": value for name, value in credit.items() if name not in ("counted", "logp_old")}
+    constants = {name: value for name, value in credit.items()  # with a dot: of one teacher of several
+                 if name not in ("counted", "logp_old") and "." not in name}
     taught = counted if batch.tokens.privileged is None else counted & broadcast(batch.tokens.privileged, batch.tokens)
     for name, value in {**constants, **merged}.items():
         if value.dtype == torch.int64:  # a label, such as a route: its mean would mean nothing

@@ -114,12 +114,18 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Privilege:
-    """c, what the student may not see, and the prompt that carries it. `cut` counts evidence tokens cut away."""
+    """c, what the student may not see, and the prompt that carries it.
+
+    `cut` counts evidence tokens cut away, `missing` the parts that a composition has and this problem has not.
+    `others` are further ones for the same rollout, each seen by a teacher of its own.
+    """
 
     kind: str
     text: str
     prompt: Prompt
     cut: int = 0
+    missing: int = 0
+    others: tuple[Privilege, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,13 +133,15 @@ class View:
     """Weights x context under which the same response tokens are scored.
 
     `every` is the refresh interval of a snapshot in steps; `rate` is the step of an exponential moving
-    average, teacher <- (1 - rate) teacher + rate student.
+    average, teacher <- (1 - rate) teacher + rate student. `nth` says which of a rollout's privileges is seen; the
+    trainer sets it where there are several.
     """
 
     weights: Weights
     context: Context = "plain"
     every: int | None = None
     rate: float | None = None
+    nth: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,8 @@ class TokenBatch:
 
     tokens_N, sequence_ids_N: int64; sequence_ids are 0..B-1. reward_B: float, NaN means no opinion.
     group_B: int64, rollouts of one problem share it. logp_old_N: the trainer's own log-probs before the
-    update, None means on-policy. privileged_B: bool, None means all. terminal_N: bool, None means none.
+    update, None means on-policy. privileged_B: bool, None means all. privileges_B: int64, how many privileges, each
+    with a teacher of its own; None means one where there is any. terminal_N: bool, None means none.
     mask_N: bool, False is neither in the loss nor counted. logp_sampler_N: the sampler's own log-probs.
     step: training steps done so far: every schedule counts them.
     """
@@ -153,6 +162,7 @@ class TokenBatch:
     group: Tensor | None = None
     logp_old: Tensor | None = None
     privileged: Tensor | None = None
+    privileges: Tensor | None = None
     terminal: Tensor | None = None
     mask: Tensor | None = None
     logp_sampler: Tensor | None = None
@@ -164,7 +174,8 @@ class Batch:
     """One optimiser batch: what objectives see, and the token ids that every view is scored on.
 
     `contexts` holds for "plain" and "privileged" the prompt of each rollout (the plain one where a rollout has no
-    privilege); `responses` the response ids of each rollout, in the order of `tokens`.
+    privilege), and for "privileged.1" and so on that of a second and further privilege, () where there is none;
+    `responses` the response ids of each rollout, in the order of `tokens`.
     """
 
     tokens: TokenBatch

@@ -16,7 +16,7 @@ from selftaught.eval import EvalConfig
 from selftaught.loss import LossConfig
 from selftaught.methods import Method, build
 from selftaught.optim import CheckpointConfig, OptimConfig, check_views
-from selftaught.privilege import PrivilegeConfig
+from selftaught.privilege import PrivilegeConfig, pieces
 from selftaught.records import Section
 from selftaught.report import ReportConfig
 from selftaught.reward import RewardConfig
@@ -24,6 +24,7 @@ from selftaught.rollout import RolloutConfig
 from selftaught.score import ScoreConfig
 
 SHORT = {"data": "source", "method": "name", "privilege": "kind"}  # `method: grpo` is short for {name: grpo}
+_MADE = ("demonstration", "feedback", "parts")  # privileges that may come from rollouts
 RECIPES = files("selftaught") / "recipes"
 
 
@@ -95,6 +96,7 @@ class Run(Section):
         if self.reward is None and self.data.heldout > 0:
             raise UserError("reward: nothing can be measured on held-out problems without one; "
                             "add `reward: NAME` or set data.heldout=0")
+        _check_siblings(self, bool(privileged))
         if "group" in method.needs and self.rollout.num_generations < 2:
             raise UserError(f"rollout.num_generations = {self.rollout.num_generations}: method {method.name!r} "
                             "compares the rollouts of a group and needs at least 2")
@@ -153,9 +155,21 @@ def _refuse_other_privilege(method: Method, privilege: PrivilegeConfig | None) -
     if privilege is None and (kinds or "privilege" in method.needs):
         raise UserError(f"method {method.name!r} needs a privilege, but the recipe has none; add for example "
                         f"`privilege: {{kind: {kinds[0] if kinds else 'answer'}}}`")
-    if privilege is not None and kinds and privilege.base not in (*kinds, "empty"):
+    if privilege is not None and kinds and privilege.kind != "empty" and not {p.kind for p in pieces(privilege)} & {*kinds}:
         raise UserError(f"privilege.kind = {privilege.kind!r}: method {method.name!r} needs {' or '.join(kinds)}; set "
                         f"privilege.kind={kinds[0]}")
+
+
+def _check_siblings(run: Run, privileged: bool) -> None:
+    """Raise UserError for a privilege that needs verdicts or siblings which this run does not have."""
+    for part in pieces(run.privilege) if privileged and run.privilege and run.privilege.kind in _MADE else ():
+        if part.kind in ("demonstration", "feedback") and run.reward is None:
+            raise UserError(f"privilege.kind: {part.kind!r} comes from the verdicts on rollouts, but the recipe has no "
+                            "reward; add `reward: NAME`, or choose answer, solution or hint")
+        if part.kind == "demonstration" and part.exclude_self and run.rollout.num_generations < 2:
+            raise UserError(f"rollout.num_generations = {run.rollout.num_generations}: a demonstration is another "
+                            "rollout of the same problem, so it needs at least 2; raise it, or set "
+                            "privilege.exclude_self=false")
 
 
 def _refuse_external(method: Method) -> None:

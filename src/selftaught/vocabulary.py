@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -118,6 +118,59 @@ class TokenDist:
         if "log_normaliser" in self.__dict__:
             part.log_normaliser = self.log_normaliser[rows]
         return part
+
+
+class Mixture(TokenDist):
+    """One distribution whose probabilities are the mean of those of K others: log mean exp of their log-probs.
+
+    `present_nK` says which of the K count for each token; one of them at least. Each is taken at the temperature
+    first, so that the mixture is the optimum of their mean KL(T_k||S) at any temperature.
+    """
+
+    def __init__(self, parts: Sequence[TokenDist], present_nK: Tensor) -> None:
+        super().__init__(lambda: self.log_probs, parts[0].tokens, parts[0].temperature)
+        self._parts, self._present = parts, present_nK
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(n, V): the log-probs themselves."""
+        return log_mean_exp([part.log_probs for part in self._parts], self._present)
+
+    @cached_property
+    def log_normaliser(self) -> Tensor:
+        """0: the mean of distributions is one."""
+        return torch.zeros_like(self.at_sampled)
+
+    @cached_property
+    def at_sampled(self) -> Tensor:
+        """Log-prob of the sampled token in nats: (n,)."""
+        return log_mean_exp([part.at_sampled for part in self._parts], self._present)
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """(n, V) in nats."""
+        return self.logits
+
+    def at(self, temperature: float) -> TokenDist:
+        """The mixture of the same distributions at another temperature."""
+        if temperature == self.temperature:
+            return self
+        return Mixture([part.at(temperature) for part in self._parts], self._present)
+
+    def __getitem__(self, rows: Tensor) -> TokenDist:
+        return Mixture([part[rows] for part in self._parts], self._present[rows])
+
+
+def log_mean_exp(log_probs: Sequence[Tensor], present_nK: Tensor) -> Tensor:
+    """log of the mean of the K probabilities that are present, from K log-probs (n,) or (n, V); never log of a mean."""
+    total = log_probs[0].masked_fill(~_beside(present_nK[:, 0], log_probs[0]), -torch.inf)
+    for k, log_p in enumerate(log_probs[1:], 1):
+        total = torch.logaddexp(total, log_p.masked_fill(~_beside(present_nK[:, k], log_p), -torch.inf))
+    return total - _beside(present_nK.sum(1).to(total.dtype).log(), total)
+
+
+def _beside(value_n: Tensor, like: Tensor) -> Tensor:
+    return value_n if like.dim() == 1 else value_n[:, None]
 
 
 def sampled_log_probs(hidden_NH: Tensor, head: Head, tokens_N: Tensor, *, chunk: int | None = None,

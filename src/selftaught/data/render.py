@@ -49,17 +49,26 @@ class Renderer:
             raise UserError(self._too_long(problem))
         return Prompt(self._ids(self._text(problem, kept)))
 
-    def privileged(self, problem: Problem, block: str, shot_blocks: Sequence[str]) -> Prompt:
+    def privileged(
+        self, problem: Problem, block: str, shot_blocks: Sequence[str], thinking: bool | None = None
+    ) -> Prompt:
         """`prompt(problem)` with `block` in the query and `shot_blocks[i]` in shot i; not bound by `max_prompt_length`.
 
+        `thinking` is another `enable_thinking` than the student's; None: the same.
         Raises UserError where the chat template changes anything else when a block is inserted.
         """
-        marked, inserted = self._marked(problem, block, shot_blocks)
+        marked, inserted = self._marked(problem, block, shot_blocks, thinking)
         return Prompt(self._ids(_swap(marked, inserted, "", "")))
 
-    def seam(self, problem: Problem, block: str, shot_blocks: Sequence[str]) -> str:
+    def has_thinking_switch(self, problem: Problem) -> bool:
+        """Whether the prompt depends on `enable_thinking`."""
+        return self.chat and self._text(problem, 0, (), True) != self._text(problem, 0, (), False)
+
+    def seam(
+        self, problem: Problem, block: str, shot_blocks: Sequence[str], thinking: bool | None = None
+    ) -> str:
         """The teacher's prompt as text, the tokenizer's own special tokens included, insertions in [[+ +]]."""
-        marked, inserted = self._marked(problem, block, shot_blocks)
+        marked, inserted = self._marked(problem, block, shot_blocks, thinking)
         text = _swap(marked, inserted, "", "")
         decoded = str(self._tokenizer.decode(list(self._ids(text)), skip_special_tokens=False))
         added = decoded[: -len(text)] if decoded.endswith(text) else ""
@@ -112,21 +121,23 @@ class Renderer:
             "problems out"
         )
 
-    def _marked(self, problem: Problem, block: str, shot_blocks: Sequence[str]) -> tuple[str, list[str]]:
+    def _marked(
+        self, problem: Problem, block: str, shot_blocks: Sequence[str], thinking: bool | None
+    ) -> tuple[str, list[str]]:
         """The privileged text with its insertions, in order, OPEN and CLOSE around each.
 
-        What is outside of them equals the student's text, or UserError is raised.
+        What is outside of them equals the student's text under that `thinking`, or UserError is raised.
         """
         assert len(shot_blocks) == len(self.shots), "one block per shot"
         kept = self._fit(problem)
         if kept is None:
             raise UserError(self._too_long(problem))
         inserted = [self._insertion(text) for text in (*shot_blocks[:kept], block)]
-        marked = self._text(problem, kept, inserted)
+        marked = self._text(problem, kept, inserted, thinking)
         outside = marked
         for text in inserted:
             outside = outside.replace(text, "", 1)
-        if outside != self._text(problem, kept):
+        if outside != self._text(problem, kept, (), thinking):
             raise UserError(
                 "data.template: the chat template changes the prompt elsewhere when a privilege is inserted, so the "
                 "student and the teacher would differ by more than it; use template: completion, or mend the template"
@@ -140,11 +151,15 @@ class Renderer:
             return ""
         return OPEN + (f"\n\n{clean}" if self.chat else f"{clean}\n") + CLOSE
 
-    def _text(self, problem: Problem, kept: int, inserted: Sequence[str] = ()) -> str:
+    def _text(
+        self, problem: Problem, kept: int, inserted: Sequence[str] = (), thinking: bool | None = None
+    ) -> str:
         """The prompt's text with the first `kept` shots; `inserted` holds theirs and, last, the query's insertion."""
         *shot_insertions, insertion = inserted or [""] * (kept + 1)
         pairs = list(zip(self.shots[:kept], shot_insertions, strict=True))
-        return self._chat(problem, insertion, pairs) if self.chat else self._completion(problem, insertion, pairs)
+        if self.chat:
+            return self._chat(problem, insertion, pairs, self.config.thinking if thinking is None else thinking)
+        return self._completion(problem, insertion, pairs)
 
     def _completion(self, problem: Problem, insertion: str, shots: Sequence[tuple[Problem, str]]) -> str:
         def asked(one: Problem, extra: str) -> str:
@@ -154,7 +169,9 @@ class Renderer:
         shown = "".join(f"{asked(shot, extra)} {_shown(shot)}\n\n" for shot, extra in shots)
         return before + shown + asked(problem, insertion)
 
-    def _chat(self, problem: Problem, insertion: str, shots: Sequence[tuple[Problem, str]]) -> str:
+    def _chat(
+        self, problem: Problem, insertion: str, shots: Sequence[tuple[Problem, str]], thinking: bool | None
+    ) -> str:
         messages = _messages(problem, insertion)
         system = [messages.pop(0)] if messages[0]["role"] == "system" else []
         if not system and self.config.system_prompt is not None:
@@ -163,7 +180,7 @@ class Renderer:
         for shot, extra in shots:
             turns = [message for message in _messages(shot, extra) if message["role"] != "system"]
             shown += [*turns, {"role": "assistant", "content": _shown(shot)}]
-        switch: dict[str, Any] = {} if self.config.thinking is None else {"enable_thinking": self.config.thinking}
+        switch: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
         try:
             return str(
                 self._tokenizer.apply_chat_template(

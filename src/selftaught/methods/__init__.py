@@ -3,6 +3,7 @@
 from selftaught.methods.base import Method, build, method_class, method_fields, names
 from selftaught.methods.check import checked
 from selftaught.methods.objective import Objective, batch_credit, chunked_objective, objective
+from selftaught.methods.several import Several
 
-__all__ = ["Method", "Objective", "batch_credit", "build", "checked", "chunked_objective", "method_class",
+__all__ = ["Method", "Objective", "Several", "batch_credit", "build", "checked", "chunked_objective", "method_class",
            "method_fields", "names", "objective"]

@@ -22,7 +22,7 @@ from selftaught.errors import UserError, nearest
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
 
-NOT_METHODS = {"base", "check", "describe", "fields", "objective"}
+NOT_METHODS = {"base", "check", "describe", "fields", "objective", "several"}
 NEEDS = ("reward", "group", "privilege", "answer", "solution", "feedback")  # what `needs` may name
 PARTS = ("name", "needs", "views", "scores", "credit", "loss")  # what every method has
 
@@ -196,7 +196,7 @@ def _check_parts(name: str, method: Any) -> None:
 
 
 def _changed(name: str, view: str, default: View, changes: Mapping[str, Any]) -> View:
-    known = [f.name for f in dataclasses.fields(View)]
+    known = [f.name for f in dataclasses.fields(View) if f.name != "nth"]  # which is the trainer's to set
     for field in changes:
         if field not in known:
             raise UserError(f"method {name!r}, view {view!r} has no field {field!r}; {nearest(field, known)}")

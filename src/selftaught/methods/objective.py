@@ -114,7 +114,7 @@ def _check(method: Method, batch: TokenBatch, shapes: Mapping[str, tuple[int, in
         if value is not None and value.shape != batch.tokens.shape:
             shapes_are = f"{tuple(value.shape)}, tokens have {tuple(batch.tokens.shape)}"
             raise ValueError(f"TokenBatch.{field} has shape {shapes_are}")
-    given_B = {field: getattr(batch, field) for field in ("reward", "group", "privileged")}
+    given_B = {field: getattr(batch, field) for field in ("reward", "group", "privileged", "privileges")}
     rollouts = max([int(batch.sequence_ids.max()) + 1 if tokens else 0,
                     *(value.shape[0] for value in given_B.values() if value is not None)])
     for field, value in given_B.items():

@@ -37,7 +37,10 @@ class Scorer:
 
     def split(self, batch: Batch) -> Iterator[Micro]:
         """Micro-batches in order; every view of each fits the budget."""
-        contexts = [batch.contexts[c] for c in sorted({view.context for view in self.views.values()})]
+        seen = {(view.context, view.nth): view for view in self.views.values()}
+        # What a rollout lacks costs nothing; its first privilege in that place keeps the bound.
+        contexts = [[prompt or batch.contexts[view.context][i] for i, prompt in enumerate(_prompts(batch, view))]
+                    for _, view in sorted(seen.items(), key=lambda item: item[0])]
         ends = offsets(map(len, batch.responses))
         split = split_padded if self.backbone.layout == "plain" else split_by_budget
         for rollouts in split(contexts, batch.responses, self.token_budget):
@@ -77,9 +80,30 @@ class Scorer:
         return {name: torch.cat(parts) for name, parts in out.items()}
 
     def _run(self, batch: Batch, micro: Micro, name: str, view: View) -> Tensor:
-        prompts = [batch.contexts[view.context][i] for i in micro.rollouts]
-        packed = pack(prompts, [batch.responses[i] for i in micro.rollouts], str(self.backbone.device))
+        prompts = _prompts(batch, view)
+        there = [i for i in micro.rollouts if prompts[i]]
+        if not there:
+            return self._zeros(batch, micro)
+        packed = pack([prompts[i] for i in there], [batch.responses[i] for i in there], str(self.backbone.device))
         if name == "student":
             return self.backbone.hidden(packed)
         with self.backbone.frozen():
-            return self.backbone.hidden(packed, self.weights(name))
+            hidden = self.backbone.hidden(packed, self.weights(name))
+        if len(there) == len(micro.rollouts):
+            return hidden
+        scored = torch.tensor([bool(prompts[i]) for i in micro.rollouts for _ in batch.responses[i]])
+        out = self._zeros(batch, micro).to(hidden.dtype)
+        out[scored.to(out.device)] = hidden
+        return out
+
+    def _zeros(self, batch: Batch, micro: Micro) -> Tensor:
+        """In the place of hidden states (n, H) that no prompt gives: finite, and read by nobody."""
+        weight = self.backbone.head().weight
+        return weight.new_zeros(micro.tokens.stop - micro.tokens.start, weight.shape[1])
+
+
+def _prompts(batch: Batch, view: View) -> tuple[tuple[int, ...], ...]:
+    """The prompt of each rollout in the view's context; () where it has none of that number."""
+    if not view.nth:
+        return batch.contexts[view.context]
+    return batch.contexts.get(f"{view.context}.{view.nth}", ((),) * len(batch.responses))
