@@ -155,7 +155,8 @@ def _refuse_other_privilege(method: Method, privilege: PrivilegeConfig | None) -
     if privilege is None and (kinds or "privilege" in method.needs):
         raise UserError(f"method {method.name!r} needs a privilege, but the recipe has none; add for example "
                         f"`privilege: {{kind: {kinds[0] if kinds else 'answer'}}}`")
-    if privilege is not None and kinds and privilege.kind != "empty" and not {p.kind for p in pieces(privilege)} & {*kinds}:
+    given = {part.kind for part in pieces(privilege)} if privilege is not None else set(kinds)
+    if privilege is not None and privilege.kind != "empty" and kinds and not given & {*kinds}:
         raise UserError(f"privilege.kind = {privilege.kind!r}: method {method.name!r} needs {' or '.join(kinds)}; set "
                         f"privilege.kind={kinds[0]}")
 
