@@ -257,6 +257,41 @@ MUTANTS = [
         "parameter.data = parameter.data",
         "test_lora.py",
     ),
+    Mutant(
+        "external_head_is_the_students",
+        "score/views.py",
+        "        backbone, weights = self._of(name)\n        return backbone.head(weights)",
+        "        return self.backbone.head()",
+        "test_external.py",
+    ),
+    Mutant(
+        "padded_student_rows_stay",
+        "assemble.py",
+        "return _probed(ground, model, run.score.layout)",
+        "return _probed(replace(ground, rows=None), model, run.score.layout)",
+        "test_external.py",
+    ),
+    Mutant(
+        "teacher_changed_before_resume",
+        "assemble.py",
+        "if digest != self.digest:",
+        "if False:",
+        "test_external.py",
+    ),
+    Mutant(
+        "tokenizers_compared_by_size",
+        "score/external.py",
+        "student[i] != teacher.get(i)]",
+        "i not in teacher]",
+        "test_external.py",
+    ),
+    Mutant(
+        "student_answers_for_the_teacher",
+        "evaluate.py",
+        "whose.engine if whose else engine",
+        "engine",
+        "test_external.py",
+    ),
 ]
 
 

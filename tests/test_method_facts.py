@@ -481,10 +481,12 @@ def test_sdpo_and_demopsd_cap_the_detached_ratio() -> None:
 
 
 @pytest.mark.parametrize("name", ["opd", "gkd", "dopd"])
-def test_the_trainer_refuses_an_external_view_by_name_and_takes_the_same_method_with_another(name: str) -> None:
+def test_the_trainer_refuses_an_external_view_without_a_teacher_and_takes_the_same_method_with_another(
+    name: str,
+) -> None:
     recipe = {"model": "quickstart", "data": {"source": "gym:basic_arithmetic"}, "reward": "gym",
               "privilege": {"kind": "answer"}}
-    with pytest.raises(UserError, match=rf"'{name}': its view 'teacher' is an external model.*initial, ema and snap"):
+    with pytest.raises(UserError, match=rf"'{name}': its view 'teacher' is another model, .*`teacher` names none"):
         make_run({**recipe, "method": name})
     run = make_run({**recipe, "method": {"name": name, "teacher": {"weights": "initial"}}})
     assert run.method.build().views["teacher"].weights == "initial"

@@ -20,6 +20,7 @@ from selftaught.rollout import Engine, TransformersEngine
 from selftaught.run import Run
 from selftaught.score import Backbone, Scorer
 from selftaught.score.adapter import add_adapter, require_peft, targets
+from selftaught.score.external import about_teacher, digest, id_bytes, shared_rows
 from selftaught.score.heap import return_freed
 from selftaught.score.hub import (
     base_name,
@@ -46,11 +47,28 @@ class Ground:
     dataset: Dataset
     renderer: Renderer
     rewarder: Rewarder | None
+    rows: int | None = None  # of the vocabulary that student and external teacher share; None: all of the student's
 
     @property
     def privileged(self) -> bool:
         """Does any view of the method see a privilege?"""
         return any(view.context == "privileged" for view in self.method.views.values())
+
+
+@dataclass(frozen=True)
+class External:
+    """The teacher that is another model: frozen, in evaluation mode, never saved; `digest` of its weights is."""
+
+    name: str
+    backbone: Backbone
+    engine: Engine  # for its own answers, which an evaluation's controls ask
+    digest: str
+
+    def refuse_change(self, digest: str | None) -> None:
+        """Raise UserError where a run began with other weights under this name."""
+        if digest != self.digest:
+            raise UserError(f"teacher.model = {self.name!r}: its weights are not those that this run began with; put "
+                            "them back, or begin anew with another out")
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,7 @@ class Parts:
     optimizer: Optimizer
     scorer: Scorer
     cursor: Cursor
+    external: External | None = None
 
     @property
     def sampling(self) -> Sampling:
@@ -79,8 +98,9 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     if run.optim.lora is not None:
         require_peft("optim.lora")
         targets(load_skeleton(run.model), run.optim.lora.target_modules)
-    dataset = data.load(run.data, seed=run.seed, say=say)
     tokenizer = load_tokenizer(run.model)
+    rows = check_teacher(run, tokenizer, say)
+    dataset = data.load(run.data, seed=run.seed, say=say)
     renderer = Renderer(tokenizer, run.data, dataset.shots)
     dataset = data.fit(dataset, renderer, say=say)
     problems = [*dataset.train, *dataset.heldout]
@@ -103,7 +123,7 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     if run.reward is not None:
         reward.check(run.reward, problems, functions)
         rewarder = Rewarder(run.reward, functions)
-    return Ground(run, checked(method), tokenizer, dataset, renderer, rewarder)
+    return Ground(run, checked(method), tokenizer, dataset, renderer, rewarder, rows)
 
 
 def check_vocabulary(run: Run, method: Method) -> None:
@@ -112,6 +132,27 @@ def check_vocabulary(run: Run, method: Method) -> None:
     if top_k is not None and top_k > size:
         raise UserError(f"method.top_k = {top_k}: the model's vocabulary has {size} tokens; lower it, or set "
                         "method.top_k=null for the whole vocabulary")
+
+
+def check_teacher(run: Run, tokenizer: Any, say: Say) -> int | None:
+    """The vocabulary rows that the student shares with the recipe's teacher, if there is one.
+
+    Raises UserError for a teacher that cannot be loaded, or whose token ids do not mean what the student's mean.
+    """
+    if run.teacher is None:
+        return None
+    with about_teacher():
+        check_model(run.teacher.model)
+        theirs, teacher_config = load_tokenizer(run.teacher.model), load_config(run.teacher.model).get_text_config()
+    own = load_config(run.model).get_text_config().vocab_size
+    try:
+        rows = shared_rows(id_bytes(tokenizer), id_bytes(theirs), own, teacher_config.vocab_size)
+    except UserError as error:
+        raise UserError(f"teacher.model = {run.teacher.model!r}: {error}") from error
+    for whose, size in (("student", own), ("teacher", teacher_config.vocab_size)):
+        if size > rows:
+            say(f"vocabulary rows {rows} to {size - 1} of the {whose} are no tokens to both: left out")
+    return rows
 
 
 def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset, privileged: bool) -> None:
@@ -146,6 +187,14 @@ def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset
         if limit is not None and size + evaluated > limit:
             raise UserError(f"eval.max_completion_length = {evaluated}: with the longest {what} of {size} tokens it is "
                             f"over the model's context of {limit}; lower it to {limit - size}, or {shorten[what]}")
+    if run.teacher is not None:
+        limit = getattr(load_config(run.teacher.model).get_text_config(), "max_position_embeddings", None)
+        written = max(written, evaluated) if run.eval.controls and dataset.heldout else written
+        what, size = max(longest.items(), key=lambda each: each[1])
+        if limit is not None and size + written > limit:
+            raise UserError(f"teacher.model = {run.teacher.model!r}: its context has {limit} tokens, and the longest "
+                            f"{what} ({size}) with one response ({written}) needs {size + written}; shorten the "
+                            f"response, or {shorten[what]}")
 
 
 def device_of(run: Run) -> str:
@@ -179,7 +228,25 @@ def load_engine(ground: Ground) -> tuple[Backbone, Engine]:
     model = load_model(run.model, getattr(torch, run.optim.dtype), device_of(run))
     if lora is not None:
         add_adapter(model, lora.rank, lora.alpha, lora.target_modules, run.seed)
-    backbone = Backbone(model, run.score.layout)
+    return _probed(ground, model, run.score.layout)
+
+
+def load_external(ground: Ground) -> External | None:
+    """The recipe's teacher, if it names one, loaded and probed as the student is; nothing of it will be trained."""
+    run, config = ground.run, ground.run.teacher
+    if config is None:
+        return None
+    with about_teacher():
+        model = load_model(config.model, getattr(torch, config.dtype or run.optim.dtype), device_of(run))
+        model.requires_grad_(False)
+        backbone, engine = _probed(ground, model, config.layout)
+    return External(config.model, backbone, engine, digest(model))
+
+
+def _probed(ground: Ground, model: Any, layout: str) -> tuple[Backbone, Engine]:
+    """A loaded model with its layout compared on a probe batch, and its sampler."""
+    run = ground.run
+    backbone = Backbone(model, layout, ground.rows)
     prompts = [ground.renderer.prompt(problem).token_ids for problem in ground.dataset.train[:PROBE]]
     backbone.verify(*probe(prompts, run.rollout.max_completion_length))
     return backbone, TransformersEngine(backbone, ground.tokenizer, stop_token_ids(ground.tokenizer, model),
@@ -200,9 +267,11 @@ def assemble(ground: Ground) -> Parts:
         backbone.checkpoint_activations()
     optimizer = Optimizer(model.named_parameters(), run.optim)
     teachers = Teachers(method.views, model)
-    scorer = Scorer(backbone, method.views, teachers.weights, run.optim.token_budget, run.rollout.temperature)
+    external = load_external(ground)
+    scorer = Scorer(backbone, method.views, teachers.weights, run.optim.token_budget, run.rollout.temperature,
+                    external.backbone if external else None)
     cursor = Cursor(ground.dataset.train, seed=run.seed)
-    return Parts(ground, backbone, engine, teachers, optimizer, scorer, cursor)
+    return Parts(ground, backbone, engine, teachers, optimizer, scorer, cursor, external)
 
 
 def requests(ground: Ground, problems: Sequence[Problem], step: int) -> list[Request]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selftaught import data, privilege
-from selftaught.assemble import Ground, Say, lay_ground, load_engine, sample_and_verify
+from selftaught.assemble import External, Ground, Say, lay_ground, load_engine, sample_and_verify
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, read_rows, rows_of, select, summarise
 from selftaught.records import Problem, Prompt, Request, Sampling
@@ -37,13 +37,16 @@ def sampling_of(ground: Ground) -> Sampling:
 
 
 def sample_rows(ground: Ground, engine: Engine, problems: Sequence[Problem], prompts: Sequence[Prompt], *, step: int,
-                arm: str, samples: int) -> list[dict[str, Any]]:
-    """One evaluation: `samples` responses to each prompt, scored against the problem beside it, as rows."""
+                arm: str, samples: int, model: str | None = None) -> list[dict[str, Any]]:
+    """One evaluation: `samples` responses to each prompt, scored against the problem beside it, as rows.
+
+    `model` is whose engine it is; None: the student.
+    """
     run = ground.run
     asked = [Request(problem, prompt, EVALUATION, run.seed) for problem, prompt in zip(problems, prompts, strict=True)]
     rollouts, verdicts = sample_and_verify(ground, engine, asked, samples, sampling_of(ground))
     texts = [ground.tokenizer.decode(list(rollout.prompt.token_ids)) for rollout in rollouts]
-    return rows_of(rollouts, verdicts, model=run.model, seed=run.seed, step=step, arm=arm, prompts=texts)
+    return rows_of(rollouts, verdicts, model=model or run.model, seed=run.seed, step=step, arm=arm, prompts=texts)
 
 
 def evaluate(ground: Ground, engine: Engine, folder: RunFolder, step: int) -> dict[str, Any]:
@@ -55,11 +58,13 @@ def evaluate(ground: Ground, engine: Engine, folder: RunFolder, step: int) -> di
     return summarise(rows, ground.run.eval.k)
 
 
-def evaluate_controls(ground: Ground, engine: Engine, folder: RunFolder, step: int) -> None:
-    """Rows of the controls: another problem's prompt, and with a privilege the teacher's own accuracy.
+def evaluate_controls(ground: Ground, engine: Engine, folder: RunFolder, step: int,
+                      external: External | None = None) -> None:
+    """Rows of the controls: another problem's prompt, and the teacher's own accuracy before training.
 
-    The teacher is asked under the right, a wrong and an empty privilege, on the weights that the engine holds; a
-    problem without that privilege is left out of the arm, and a single problem has no other one's prompt.
+    The teacher is asked under the right, a wrong and an empty privilege: the method's external one, or else the
+    weights that the engine holds. An external one that sees no privilege is asked the student's prompts. A problem
+    without that privilege is left out of the arm, and a single problem has no other one's prompt.
     """
     problems = heldout(ground)
     samples = min(CONTROL_SAMPLES, ground.run.eval.samples)
@@ -67,16 +72,23 @@ def evaluate_controls(ground: Ground, engine: Engine, folder: RunFolder, step: i
     if len(problems) > 1:
         others = (*problems[1:], *problems[:1])
         arms["other_prompt"] = [(p, ground.renderer.prompt(other)) for p, other in zip(problems, others, strict=True)]
-    config = ground.run.privilege
+    config, view = ground.run.privilege, ground.method.views.get("teacher")
+    asks = external if view is not None and view.weights == "external" else None
+    if asks is not None and view is not None and view.context == "plain":
+        config = None
+        if step == 0:
+            arms["teacher/plain"] = [(problem, ground.renderer.prompt(problem)) for problem in problems]
     if config is not None and step == 0:
         for kind in TEACHER_ARMS:
             given = privilege.for_problems(privilege.control(config, kind), problems, ground.dataset.train,
                                            ground.renderer, seed=ground.run.seed, step=EVALUATION)
             arms[f"teacher/{kind}"] = [(p, c.prompt) for p, c in zip(problems, given, strict=True) if c is not None]
     for arm, asked in arms.items():
+        whose = asks if arm.startswith("teacher/") else None
         if asked:
-            save(folder, sample_rows(ground, engine, [p for p, _ in asked], [prompt for _, prompt in asked],
-                                     step=step, arm=arm, samples=samples))
+            save(folder, sample_rows(ground, whose.engine if whose else engine, [p for p, _ in asked],
+                                     [prompt for _, prompt in asked], step=step, arm=arm, samples=samples,
+                                     model=whose.name if whose else None))
 
 
 def save(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -105,7 +117,7 @@ def results(ground: Ground, folder: RunFolder, steps: int, seconds: Mapping[str,
         "before": summarise(before, ks), "after": summarise(after, ks), "difference": compare(before, after, ks),
         "best_constant": summarise(after, ks)["best_constant"], "controls": {}, "seconds": dict(seconds),
     }
-    for arm in ("other_prompt", *(f"teacher/{kind}" for kind in TEACHER_ARMS)):
+    for arm in ("other_prompt", "teacher/plain", *(f"teacher/{kind}" for kind in TEACHER_ARMS)):
         chosen = select(rows, arm=arm)
         if chosen:
             found["controls"][arm] = summarise(chosen, [1])
@@ -148,7 +160,7 @@ def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say
     stem = Path(recipe).stem
     out = folder / "evals" / stem if of_run else Path(run.out).parent / "evals" / f"{folder.name}-{stem}"
     target = RunFolder(run.out if any(o.startswith("out=") for o in overrides) else _unused(out))
-    ground = lay_ground(run, say)
+    ground = lay_ground(run.model_copy(update={"teacher": None}), say)  # who taught it need not be there any more
     try:
         if not ground.dataset.heldout:
             raise UserError("data.heldout = 0: there is nothing to evaluate on; set it above 0")

@@ -27,6 +27,7 @@ class Forecast:
     step_tokens: int
     run_tokens: int
     bytes: dict[str, int]
+    teacher: str = ""  # the external one, in words
 
     @property
     def total(self) -> int:
@@ -37,7 +38,7 @@ class Forecast:
         adapters = "" if self.trained == self.parameters else f", and {self.trained / 1e6:.1f} M trained in adapters"
         parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.bytes.items())
         return [
-            f"model     {self.parameters / 1e6:.0f} M parameters" + adapters,
+            f"model     {self.parameters / 1e6:.0f} M parameters{adapters}{self.teacher}",
             f"tokens    prompts up to {self.prompt_tokens}; at most {self.step_tokens:,} written a step, "
             f"{self.run_tokens:,} in the run",
             f"memory    about {self.total / GB:.1f} GB: {parts}",
@@ -53,8 +54,14 @@ def forecast(ground: Ground) -> Forecast:
     size = torch.finfo(getattr(torch, run.optim.dtype)).bits // 8
     trained, width_of_trained = (count, size) if lora is None else (
         adapter_size(model, lora.rank, lora.target_modules), 4)  # adapters are float32, whatever the weights are
-    kept = {(view.weights, view.every, view.rate) for view in ground.method.views.values() if view.weights != "live"}
+    kept = {(view.weights, view.every, view.rate) for view in ground.method.views.values()
+            if view.weights not in ("live", "external")}
     further = sum(view.nth > 0 for view in ground.method.views.values())  # each with its logits and log-probs
+    external, said = 0, ""
+    if run.teacher is not None:
+        many = sum(p.numel() for p in load_skeleton(run.teacher.model).parameters())
+        external = many * torch.finfo(getattr(torch, run.teacher.dtype or run.optim.dtype)).bits // 8
+        said = f"; teacher {run.teacher.model}, {many / 1e6:.0f} M"
     layers = 1 if run.optim.activation_checkpointing else text.num_hidden_layers
     rows = min(run.rollout.max_rows, run.rollout.num_generations * run.rollout.prompts_per_step)
     width = text.hidden_size
@@ -74,12 +81,13 @@ def forecast(ground: Ground) -> Forecast:
             "weights": count * size + (0 if lora is None else trained * 4),
             "gradients": trained * 4,
             "optimiser": trained * (8 if width_of_trained == 4 else 12),
-            "teachers": len(kept) * trained * width_of_trained,
+            "teachers": len(kept) * trained * width_of_trained + external,
             "activations": run.optim.token_budget * width * ACTIVATION_FLOATS * layers * size,
             "head": CHUNK_ELEMENTS * 4 * (5 + 2 * further) + head,
             "sampling": rows * (run.rollout.max_completion_length + longest // run.rollout.num_generations) * kv * size,
             "libraries": int(0.7 * GB),
         },
+        teacher=said,
     )
 
 

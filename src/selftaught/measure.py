@@ -99,8 +99,12 @@ def _k3(log_ratio: Tensor) -> Tensor:
 
 
 def token_metrics(batch: Batch, credit: Credit, found: Sequence[Mapping[str, Tensor]],
-                  sampler_cap: float | None = None) -> dict[str, float]:
-    """Means over the counted tokens: entropy, the sampler's gap, how far the policy went, the method's own numbers."""
+                  sampler_cap: float | None = None, privileged: bool = True) -> dict[str, float]:
+    """Means over the counted tokens: entropy, the sampler's gap, how far the policy went, the method's own numbers.
+
+    `privileged`: does a view of the method see a privilege? Then the gap to the teacher is that of the rollouts that
+    have one.
+    """
     counted, old = credit["counted"], batch.tokens.logp_old
     merged = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     logp, clipped = merged.pop("logp"), merged.pop("clip_ratio", None)
@@ -117,7 +121,9 @@ def token_metrics(batch: Batch, credit: Credit, found: Sequence[Mapping[str, Ten
             metrics["clip_ratio"] = clipped[counted].float().mean().item()
     constants = {name: value for name, value in credit.items()  # with a dot: of one teacher of several
                  if name not in ("counted", "logp_old") and "." not in name}
-    taught = counted if batch.tokens.privileged is None else counted & broadcast(batch.tokens.privileged, batch.tokens)
+    taught = counted
+    if privileged and batch.tokens.privileged is not None:
+        taught = counted & broadcast(batch.tokens.privileged, batch.tokens)
     for name, value in {**constants, **merged}.items():
         if value.dtype == torch.int64:  # a label, such as a route: its mean would mean nothing
             continue

@@ -21,9 +21,10 @@ from selftaught.records import Section
 from selftaught.report import ReportConfig
 from selftaught.reward import RewardConfig
 from selftaught.rollout import RolloutConfig
-from selftaught.score import ScoreConfig
+from selftaught.score import ScoreConfig, TeacherConfig
 
-SHORT = {"data": "source", "method": "name", "privilege": "kind"}  # `method: grpo` is short for {name: grpo}
+# `method: grpo` is short for {name: grpo}.
+SHORT = {"data": "source", "method": "name", "privilege": "kind", "teacher": "model"}
 _MADE = ("demonstration", "feedback", "parts")  # privileges that may come from rollouts
 RECIPES = files("selftaught") / "recipes"
 
@@ -51,6 +52,7 @@ class Run(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig | None = None
     privilege: PrivilegeConfig | None = None
+    teacher: TeacherConfig | None = None
     score: ScoreConfig = ScoreConfig()
     loss: LossConfig = LossConfig()
     method: MethodConfig
@@ -83,8 +85,8 @@ class Run(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Run:
         method = self.method.build()
-        _refuse_external(method)
         check_views(method.views)
+        _check_external(method, self.teacher)
         privileged = [name for name, view in method.views.items() if view.context == "privileged"]
         if privileged and self.privilege is None:
             raise UserError(f"method {method.name!r}: its {privileged[0]} sees a privilege, but the recipe has none; "
@@ -173,14 +175,18 @@ def _check_siblings(run: Run, privileged: bool) -> None:
                             "privilege.exclude_self=false")
 
 
-def _refuse_external(method: Method) -> None:
-    """Raise UserError for a view that is scored by another model than the student: the trainer holds one alone."""
-    for name, view in method.views.items():
-        if view.weights == "external":
-            raise UserError(f"method {method.name!r}: its view {name!r} is an external model, which the trainer cannot "
-                            f"hold yet; views that work here are live, initial, ema and snapshot, for example "
-                            f"method.{name}.weights=initial; `objective` and `chunked_objective` take logits or "
-                            "hidden states of any view")
+def _check_external(method: Method, teacher: TeacherConfig | None) -> None:
+    """Raise UserError for a view of another model that the recipe does not name, or a named one that nobody reads."""
+    external = [name for name, view in method.views.items() if view.weights == "external"]
+    if external and teacher is None:
+        raise UserError(f"method {method.name!r}: its view {external[0]!r} is another model, but the recipe's "
+                        "`teacher` names none; add for example `teacher: runs/quickstart/final`, or let the model "
+                        f"teach itself with method.{external[0]}.weights=initial")
+    if teacher is not None and not external:
+        view = next(iter(method.views), None)
+        remedy = f", or set method.{view}.weights=external" if view else ""
+        raise UserError(f"teacher.model = {teacher.model!r}: no view of method {method.name!r} is another model, so "
+                        f"nobody would read it; remove `teacher`, or choose opd, gkd or dopd{remedy}")
 
 
 def recipe_names() -> list[str]:

@@ -118,6 +118,9 @@ class Session:
     def restore(self, start: Checkpoint) -> None:
         """Go on from that checkpoint."""
         tensors, state = self.checkpoints.load(start.step)
+        external = self.parts.external
+        if external is not None:
+            external.refuse_change(state.get("external"))
         model = self.parts.backbone.model
         own = dict(model.named_parameters())
         with torch.no_grad():
@@ -151,7 +154,8 @@ class Session:
             tensors["teachers"] = held
         best = self.better or self.best
         state = {"optimizer": parts.optimizer.state(), "teachers": parts.teachers.state(),
-                 "cursor": parts.cursor.state(), "health": self.health.state(), "best": best, "seconds": self.seconds}
+                 "cursor": parts.cursor.state(), "health": self.health.state(), "best": best, "seconds": self.seconds,
+                 "external": parts.external.digest if parts.external else None}
         self.checkpoints.protect(None if best is None else best[0])
         if self.checkpoints.save(self.done, tensors, state) is not None:
             self.saved, self.best = self.done, best
@@ -177,7 +181,7 @@ class Session:
         began = time.monotonic()
         metrics = flat(evaluate(ground, self.parts.engine, self.folder, self.done))
         if ground.run.eval.controls and self.done in (0, ground.run.optim.steps):
-            evaluate_controls(ground, self.parts.engine, self.folder, self.done)
+            evaluate_controls(ground, self.parts.engine, self.folder, self.done, self.parts.external)
         self.clock("evaluation", began)
         value = metrics.get(f"eval/{ground.run.eval.best}")
         if self.done and value is not None and (self.best is None or value > self.best[1]):

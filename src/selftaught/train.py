@@ -173,7 +173,8 @@ def update(session: Session, batch: Batch, logp: Mapping[str, Tensor]) -> dict[s
         reduced.loss.backward()
         loss += reduced.loss.item()
         found.append(reduced.metrics)
-    metrics = {"loss": loss} | token_metrics(batch, credit, found, run.loss.sampler_cap)
+    metrics = {"loss": loss} | token_metrics(batch, credit, found, run.loss.sampler_cap,
+                                              session.parts.ground.privileged)
     if batch.tokens.logp_old is None:
         refuse_gap(metrics, run.rollout)
     metrics |= parts.optimizer.step(session.done)                                               # clip, AdamW

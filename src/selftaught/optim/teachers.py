@@ -136,7 +136,7 @@ class Teachers:
 def check_views(views: Mapping[str, View]) -> None:
     """Raise UserError for a view whose weights or context are unknown, or lack their rate or interval."""
     for name, view in views.items():
-        for field, known in (("weights", (*_KEPT, "live")), ("context", get_args(Context))):
+        for field, known in (("weights", (*_KEPT, "live", "external")), ("context", get_args(Context))):
             value = getattr(view, field)
             if value not in known:
                 raise UserError(f"view {name!r}: {field} = {value!r}; {nearest(str(value), known)}")

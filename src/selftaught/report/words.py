@@ -9,6 +9,7 @@ from typing import Any
 
 ARMS = {
     "other_prompt": "shown another problem's prompt",
+    "teacher/plain": "the teacher itself",
     "teacher/right": "teacher, right privilege",
     "teacher/wrong": "teacher, wrong privilege",
     "teacher/empty": "teacher, empty privilege",

@@ -40,11 +40,12 @@ class Backbone:
     """A causal language model split in two: hidden states of packed rollouts, and the vocabulary head.
 
     Weights other than the model's own are passed as a mapping from parameter name to tensor; the module, its mode
-    and its gradients are never touched by such a pass.
+    and its gradients are never touched by such a pass. `rows` cuts the vocabulary: rows of the head from there on
+    are in no distribution, neither the sampler's nor the scorer's.
     """
 
-    def __init__(self, model: Any, layout: str = "auto") -> None:
-        self.model = model
+    def __init__(self, model: Any, layout: str = "auto", rows: int | None = None) -> None:
+        self.model, self._rows = model, rows
         self.layout = layout
         self.config = model.config.get_text_config()
         prefix = model.base_model_prefix
@@ -74,8 +75,10 @@ class Backbone:
         """The vocabulary head under the model's own weights or the given ones."""
         (weight, bias), own, held = self._head, self.model.get_output_embeddings(), weights or {}
         # A teacher holds what is trained alone: the student's own stands in for the rest.
-        return Head(held.get(weight, own.weight), None if bias is None else held.get(bias, own.bias),
-                    self._scale, self._softcap)
+        weight_VH, bias_V = held.get(weight, own.weight), None if bias is None else held.get(bias, own.bias)
+        if self._rows is not None and self._rows < weight_VH.shape[0]:
+            weight_VH, bias_V = weight_VH[: self._rows], None if bias_V is None else bias_V[: self._rows]
+        return Head(weight_VH, bias_V, self._scale, self._softcap)
 
     def logits(self, hidden_nH: Tensor) -> Tensor:
         """(n, V) in float32, under the model's own weights.
@@ -207,7 +210,7 @@ class Backbone:
         asked, self.layout = self.layout, "plain"
         with self.frozen():
             row = torch.tensor([prompts[0] + responses[0][:-1]], device=self.device)
-            own = self.model(input_ids=row, use_cache=False).logits[0, len(prompts[0]) - 1 :].float()
+            own = self.model(input_ids=row, use_cache=False).logits[0, len(prompts[0]) - 1 :, : self._rows].float()
             reference = self.hidden(packed)
             size = max(1.0, own.abs().max().item())
             tolerance = PROBE_TOLERANCE if reference.dtype in (torch.float32, torch.float64) else LOW_TOLERANCE

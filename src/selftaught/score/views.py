@@ -27,12 +27,14 @@ class Micro:
 class Scorer:
     """Scores one batch under the student and a method's views, in micro-batches of at most `token_budget` tokens.
 
-    `weights(view name)` gives the parameters of a view, or None where it uses the student's own.
+    `weights(view name)` gives the parameters of a view, or None where it uses the student's own. Views with `external`
+    weights are scored by the backbone `external`, with its own width and head, and never asked for weights.
     """
 
     def __init__(self, backbone: Backbone, views: Mapping[str, View], weights: Callable[[str], Named | None],
-                 token_budget: int, temperature: float = 1.0) -> None:
-        self.backbone, self.views, self.weights = backbone, {"student": STUDENT, **views}, weights
+                 token_budget: int, temperature: float = 1.0, external: Backbone | None = None) -> None:
+        self.backbone, self.views, self.external = backbone, {"student": STUDENT, **views}, external
+        self.weights = weights
         self.token_budget, self.temperature = token_budget, temperature
 
     def split(self, batch: Batch) -> Iterator[Micro]:
@@ -42,7 +44,8 @@ class Scorer:
         contexts = [[prompt or batch.contexts[view.context][i] for i, prompt in enumerate(_prompts(batch, view))]
                     for _, view in sorted(seen.items(), key=lambda item: item[0])]
         ends = offsets(map(len, batch.responses))
-        split = split_padded if self.backbone.layout == "plain" else split_by_budget
+        layouts = {self._of(view)[0].layout for view in self.views}
+        split = split_padded if "plain" in layouts else split_by_budget
         for rollouts in split(contexts, batch.responses, self.token_budget):
             yield Micro(rollouts, slice(ends[rollouts[0]], ends[rollouts[-1] + 1]))
 
@@ -51,7 +54,7 @@ class Scorer:
         found: dict[str | View, Tensor] = {}
         out = {}
         for name, view in self.views.items():
-            key = name if name == "student" or view.weights == "external" else view
+            key = name if name == "student" else view
             if key not in found:
                 found[key] = self._run(batch, micro, name, view)
             out[name] = found[key]
@@ -59,7 +62,7 @@ class Scorer:
 
     def heads(self) -> dict[str, Head]:
         """The vocabulary head of every view."""
-        return {name: self.backbone.head(None if name == "student" else self.weights(name)) for name in self.views}
+        return {name: self._head(name) for name in self.views}
 
     def sampled(self, names: frozenset[str], batch: Batch) -> dict[str, Tensor]:
         """Log-probs (N,) of the sampled tokens under each named view; "student.entropy" is the student's entropy."""
@@ -69,8 +72,7 @@ class Scorer:
             for micro in self.split(batch) if names else ():
                 for name in sorted(wanted):
                     hidden = self._run(batch, micro, name, self.views[name])
-                    head = self.backbone.head(None if name == "student" else self.weights(name))
-                    logp, entropy = sampled_log_probs(hidden, head, batch.tokens.tokens[micro.tokens],
+                    logp, entropy = sampled_log_probs(hidden, self._head(name), batch.tokens.tokens[micro.tokens],
                                                       temperature=self.temperature,
                                                       entropy=f"{name}.entropy" in names)
                     if name in names:
@@ -83,23 +85,35 @@ class Scorer:
         prompts = _prompts(batch, view)
         there = [i for i in micro.rollouts if prompts[i]]
         if not there:
-            return self._zeros(batch, micro)
-        packed = pack([prompts[i] for i in there], [batch.responses[i] for i in there], str(self.backbone.device))
+            return self._zeros(name, micro)
+        backbone, weights = self._of(name)
+        packed = pack([prompts[i] for i in there], [batch.responses[i] for i in there], str(backbone.device))
         if name == "student":
-            return self.backbone.hidden(packed)
-        with self.backbone.frozen():
-            hidden = self.backbone.hidden(packed, self.weights(name))
+            return backbone.hidden(packed)
+        with backbone.frozen():
+            hidden = backbone.hidden(packed, weights)
         if len(there) == len(micro.rollouts):
             return hidden
         scored = torch.tensor([bool(prompts[i]) for i in micro.rollouts for _ in batch.responses[i]])
-        out = self._zeros(batch, micro).to(hidden.dtype)
+        out = self._zeros(name, micro).to(hidden.dtype)
         out[scored.to(out.device)] = hidden
         return out
 
-    def _zeros(self, batch: Batch, micro: Micro) -> Tensor:
+    def _zeros(self, name: str, micro: Micro) -> Tensor:
         """In the place of hidden states (n, H) that no prompt gives: finite, and read by nobody."""
-        weight = self.backbone.head().weight
+        weight = self._head(name).weight
         return weight.new_zeros(micro.tokens.stop - micro.tokens.start, weight.shape[1])
+
+    def _head(self, name: str) -> Head:
+        backbone, weights = self._of(name)
+        return backbone.head(weights)
+
+    def _of(self, name: str) -> tuple[Backbone, Named | None]:
+        """The model that scores a view, and the weights that stand in for its own."""
+        if self.views[name].weights == "external":
+            assert self.external is not None, f"view {name!r} is external, and no other model was given"
+            return self.external, None
+        return self.backbone, None if name == "student" else self.weights(name)
 
 
 def _prompts(batch: Batch, view: View) -> tuple[tuple[int, ...], ...]:
