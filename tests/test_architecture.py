@@ -58,14 +58,16 @@ def test_layers_hold() -> None:
         ("errors", "records", False),
         ("methods", "rollout", False),  # a method may use credit and loss alone
         ("train", "cli", False),
+        ("hints", "chat", True),
+        ("train", "hints", False),
     ],
 )
 def test_layer_contract_finds_a_forbidden_import(module: str, imported: str, allowed: bool, tmp_path: Path) -> None:
     package = tmp_path / "made_up"
     package.mkdir()
     stages = "data rollout reward privilege score credit loss optim eval report"
-    loop = "cli studies train doctor finish session evaluate forecast batches assemble measure run methods"
-    for name in f"__init__ {loop} {stages} records vocabulary tensors errors".split():
+    loop = "cli studies train doctor hints finish session evaluate forecast batches assemble measure run methods"
+    for name in f"__init__ {loop} {stages} records vocabulary tensors chat errors".split():
         (package / f"{name}.py").write_text("")
     (package / f"{module}.py").write_text(f"import made_up.{imported}\n")
     config = tmp_path / "pyproject.toml"

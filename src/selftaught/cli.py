@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from selftaught.errors import UserError, nearest
+from selftaught.errors import Unreachable, UserError, nearest
 
 app = typer.Typer(help="Train language models on their own rollouts.", no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -115,6 +115,40 @@ def methods(name: Annotated[str | None, typer.Argument(help="a method: equations
 
 
 @app.command()
+def hints(data: Annotated[str, typer.Argument(help="a file, a folder saved by `datasets`, or a Hub name")],
+          out: Annotated[Path, typer.Option(help="JSON lines to write, or to go on with")],
+          endpoint: Annotated[str, typer.Option(help="an OpenAI-compatible URL, for example http://localhost:8000/v1")],
+          model: Annotated[str, typer.Option(help="the model that writes")],
+          judge: Annotated[str | None, typer.Option(help="the model that checks; by default the same")] = None,
+          check: Annotated[bool, typer.Option(help="let a second pass drop weak hints")] = True,
+          key: Annotated[str, typer.Option(help="the environment variable that holds the key")] = "OPENAI_API_KEY",
+          prompt: Annotated[str | None, typer.Option(help="the column of the problem")] = None,
+          solution: Annotated[str | None, typer.Option(help="the column of the verified rationale")] = None,
+          answer: Annotated[str | None, typer.Option(help="the column of the final answer")] = None,
+          column: Annotated[str, typer.Option(help="the column to write")] = "hint",
+          split: Annotated[str, typer.Option(help="which split of a Hub name or a saved folder")] = "train",
+          limit: Annotated[int | None, typer.Option(min=1, help="at most so many problems now")] = None,
+          concurrency: Annotated[int, typer.Option(min=1, help="requests at a time")] = 8,
+          retries: Annotated[int, typer.Option(min=0, help="how often a request is sent again")] = 5,
+          timeout: Annotated[float, typer.Option(min=0.1, help="seconds to wait for an answer")] = 120.0) -> None:
+    """Let a model write a hint for each problem, and drop weak ones: the privilege of DOPD."""
+    from selftaught.chat import Chat
+    from selftaught.hints import write_hints
+
+    names = {"prompt": prompt, "solution": solution, "answer": answer}
+    try:
+        counts = write_hints(
+            data, out, Chat(endpoint, key, timeout, retries), model, judge=judge, check=check, column=column,
+            columns={ours: name for ours, name in names.items() if name}, split=split, limit=limit,
+            concurrency=concurrency, say=_say)
+    except KeyboardInterrupt:
+        typer.echo("stopped; what was written stays, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    for line in counts.lines():
+        typer.echo(line)
+
+
+@app.command()
 def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several are overlaid")],
            out: Annotated[Path | None, typer.Option(help="the HTML file to write")] = None) -> None:
     """Curves, tables and samples of one run or several, as one HTML file."""
@@ -145,18 +179,25 @@ def study(
 
 
 def _dry_run(run: Any) -> None:
-    """The resolved run as YAML, which is a recipe again, with the forecast as comments; starts nothing."""
+    """The resolved run as YAML, which is a recipe again, with the forecast as comments; starts nothing.
+
+    What is on the Hub is not looked at while the Hub is out of reach; the comments say so.
+    """
     import yaml
 
     from selftaught.assemble import lay_ground
     from selftaught.forecast import forecast
 
     notes: list[str] = []
-    ground = lay_ground(run, notes.append)
-    if ground.rewarder is not None:
-        ground.rewarder.close()
+    try:
+        ground = lay_ground(run, notes.append)
+        if ground.rewarder is not None:
+            ground.rewarder.close()
+        notes += forecast(ground).lines()
+    except Unreachable as error:
+        notes += [f"not looked at: {error}", "so prompts, columns, privileges, tokens and memory are not checked"]
     typer.echo(yaml.safe_dump(run.resolved(), sort_keys=False, allow_unicode=True), nl=False)
-    for line in (*notes, *forecast(ground).lines()):
+    for line in notes:
         typer.echo(f"# {line}")
 
 

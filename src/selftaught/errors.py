@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake that the user can mend: the command line prints its message alone and exits with 2."""
 
 
+class Unreachable(UserError):
+    """Something on the Hub that cannot be had now, for want of a network: nothing is known against it."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A clause that helps after an unknown `word`: the nearest known one, or all of them."""
     known = sorted(known)

@@ -4,13 +4,16 @@ load(config, seed=0, say=print) -> Dataset     train, held-out and shots, disjoi
 Cursor(dataset.train, seed=0)                  endless order over the training problems, resumed exactly
 Renderer(tokenizer, config, dataset.shots)     the only maker of prompts, the student's and the teacher's
 fit(dataset, renderer, say=print) -> Dataset   what to do with prompts over `max_prompt_length`
+read(source, split, given) -> rows             a source as it is; to_problems(source, rows, columns) reads them
 """
 
 from __future__ import annotations
 
+from selftaught.data.columns import to_problems
 from selftaught.data.config import DataConfig, Part
 from selftaught.data.cursor import Cursor
+from selftaught.data.files import read
 from selftaught.data.render import Renderer, fit
 from selftaught.data.split import Dataset, load
 
-__all__ = ["Cursor", "DataConfig", "Dataset", "Part", "Renderer", "fit", "load"]
+__all__ = ["Cursor", "DataConfig", "Dataset", "Part", "Renderer", "fit", "load", "read", "to_problems"]

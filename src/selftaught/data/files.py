@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from selftaught.errors import UserError, nearest
+from selftaught.errors import Unreachable, UserError, nearest
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
@@ -158,7 +158,8 @@ def _hub(source: str, split: str) -> list[Row]:
         return _numbered(datasets.load_dataset(match["name"], match["config"], split=split))
     except Exception as error:  # network, authorisation, unknown name, unknown split: the library's message says which
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
+        kind = Unreachable if isinstance(error, ConnectionError) else UserError
+        raise kind(
             f"data.source: {source!r} is neither a file here nor a dataset that the Hub gave (split {split!r}): "
             f"{reason}"
         ) from error

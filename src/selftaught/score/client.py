@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from selftaught.errors import UserError
+from selftaught.errors import Unreachable, UserError
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def told_plainly(name: str) -> Iterator[None]:
             raise UserError(f"model: {name!r} could not be had from the Hub ({reason}); {remedy}") from error
         why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the Hub cannot be reached from here"
         remedy = "name a local folder or 'quickstart', or fetch it once with the network on"
-        raise UserError(f"model: {name!r} is no folder here, {why}, and its cache lacks it; {remedy}") from error
+        raise Unreachable(f"model: {name!r} is no folder here, {why}, and its cache lacks it; {remedy}") from error
 
 
 @functools.cache
