@@ -36,7 +36,7 @@ def good(content: str, attempt: int) -> tuple[int, Any, Mapping[str, str]]:
 
 
 class Stand:
-    """A server whose answers a test writes: `answer(content, attempt)`; it keeps what was asked, and how much at once."""
+    """A server whose answers a test writes: `answer(content, attempt)`; it keeps what was asked."""
 
     def __init__(self) -> None:
         self.answer: Answer = good
@@ -220,7 +220,8 @@ def test_an_answer_that_takes_too_long_is_asked_again(stand: Stand, source: Path
 
 
 def test_retry_after_is_heeded(stand: Stand) -> None:
-    stand.answer = lambda content, attempt: (429, {}, {"Retry-After": "0.5"}) if attempt == 1 else good(content, attempt)
+    busy = (429, {}, {"Retry-After": "0.5"})
+    stand.answer = lambda content, attempt: busy if attempt == 1 else good(content, attempt)
     began = time.monotonic()
     assert Chat(stand.url, pause=0.001).ask("m", [{"role": "user", "content": "x"}]).whole
     assert time.monotonic() - began >= 0.5
@@ -246,7 +247,7 @@ def test_a_problem_that_keeps_failing_is_named_left_out_and_tried_by_the_next_ca
 
 
 @pytest.mark.parametrize("rest", ['{"problem": "problem 5', "{", '{"a": "\xe9'], ids=["half", "brace", "half a letter"])
-def test_after_a_kill_done_problems_are_skipped_and_a_half_line_is_mended(rest: str, stand: Stand, source: Path) -> None:
+def test_after_a_kill_done_ones_are_skipped_and_a_half_line_is_mended(rest: str, stand: Stand, source: Path) -> None:
     run(stand, source, limit=3)
     out = source.with_name("hints.jsonl")
     whole = out.read_bytes()
