@@ -22,7 +22,7 @@ import selftaught
 from own import cli, lines
 from selftaught.errors import UserError
 from selftaught.run import RECIPES, Run, load_run, recipe_names
-from tiny import tiny_tokenizer
+from tiny import save_tiny, tiny_tokenizer
 
 PAPERS = [name for name in recipe_names() if name.startswith("papers/")]
 DOMAINS = ("biology", "chemistry", "material", "physics")
@@ -242,6 +242,13 @@ def test_a_dry_run_without_the_hub_prints_the_run_and_says_what_it_did_not_look_
     tree = yaml.safe_load(said.out)
     assert load_run(tree) == load_run(name)
     assert f"# not looked at: model: {tree['model']!r}" in said.out and "are not checked" in said.out
+
+
+def test_a_dry_run_says_the_same_of_data_that_the_hub_has(tmp_path: Path) -> None:
+    said = cli("train", "papers/sdpg-4b", "--dry-run", f"model={save_tiny(tmp_path)}")
+    assert said.code == 0 and "# not looked at: data.source: 'open-r1/DAPO-Math-17k-Processed:en'" in said.out
+    gone = cli("train", "papers/sdpg-4b", "--dry-run", f"model={tmp_path}", "data.source=gone.jsonl")
+    assert gone.code == 2 and "no file 'gone.jsonl'" in gone.err  # what is no matter of the network is still refused
 
 
 @pytest.mark.parametrize("fact", [(name, fact) for fact in FACTS for name in fact.recipes],
