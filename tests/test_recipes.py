@@ -148,8 +148,7 @@ def _facts() -> Iterator[Fact]:
 
 
 FACTS = list(_facts())
-PENDING = {"teacher", "optim.lora", "optim.minibatches", "rollout.filter_groups", "rollout.max_resample",
-           "privilege.parts"}  # fmt: skip
+PENDING = {"teacher", "privilege.parts"}
 
 
 def landed(name: str) -> None:
