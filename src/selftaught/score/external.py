@@ -37,7 +37,7 @@ def about_teacher() -> Iterator[None]:
         text = str(error)
         if text.startswith("score.layout"):
             raise UserError(text.replace("score.", "teacher.", 1)) from error
-        raise UserError(f"teacher.{text}" if text.startswith("model") else text) from error
+        raise type(error)(f"teacher.{text}" if text.startswith("model") else text) from error  # Unreachable stays so
 
 
 def id_bytes(tokenizer: Any) -> dict[int, bytes]:
