@@ -370,9 +370,8 @@ def test_eval_of_an_adapter_folder_samples_what_the_run_s_last_evaluation_did(ho
 
 @pytest.mark.parametrize("weights", ["live", "ema"])
 def test_before_the_first_update_a_teacher_without_privilege_is_the_student(home: Path, weights: str) -> None:
-    teacher = {"weights": weights, "context": "plain"} | ({"rate": 0.1} if weights == "ema" else {})
-    method = {"name": "opsd", "teacher": teacher}
-    parts = parts_of(home, method=method)
+    teacher = {"weights": weights, "context": "privileged"} | ({"rate": 0.1} if weights == "ema" else {})
+    parts = parts_of(home, method={"name": "opsd", "teacher": teacher}, privilege={"kind": "answer"})
     assert log_probs(parts.backbone, parts.teachers.weights("teacher")).equal(log_probs(parts.backbone))
 
 
