@@ -120,7 +120,8 @@ def main() -> None:
                     found["time_ratio"] = round(found["median_s"] / base["median_s"], 2)
                     found["memory_ratio"] = round(found["peak_gb"] / base["peak_gb"], 2)
                     cells = (found["median_s"], found["time_ratio"], found["peak_gb"], found["memory_ratio"])
-                    print(f"{each:7} | {cells[0]:6.2f} | {cells[1]:6.2f} | {cells[2]:8.2f} | {cells[3]:5.2f}", flush=True)
+                    line = f"{each:7} | {cells[0]:6.2f} | {cells[1]:6.2f} | {cells[2]:8.2f} | {cells[3]:5.2f}"
+                    print(line, flush=True)
                 else:
                     print(f"{each:7} | {found.get('error', 'no grpo to compare with')}", flush=True)
                 rows.append({"method": each, **found})
