@@ -496,8 +496,8 @@ def test_a_linear_layer_on_few_rows_gives_the_numbers_of_the_plain_one(rows: tup
     layer = torch.nn.Linear(5, 7, bias=bias)
     x = torch.randn(*rows, 5)
     with torch.no_grad():
-        torch.testing.assert_close(thin_linear(layer, x), layer(x), rtol=0, atol=1e-6)
-        assert thin_linear(layer, x).is_contiguous()
+        torch.testing.assert_close(thin_linear(x, layer.weight, layer.bias), layer(x), rtol=0, atol=1e-6)
+        assert thin_linear(x, layer.weight, layer.bias).is_contiguous()
 
 
 def test_decoding_leaves_every_layer_as_it_was_also_after_an_error() -> None:

@@ -38,13 +38,15 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, vocabulary = logits_BV.shape
     log_normaliser = torch.logsumexp(logits_BV, dim=-1)
-    probs = (logits_BV - log_normaliser[:, None]).exp()
-    blocks = torch.nn.functional.pad(probs, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK).double()
-    ends = blocks.sum(-1).cumsum(-1)
+    probs = (logits_BV - log_normaliser[:, None]).exp_()
+    if vocabulary % BLOCK:
+        probs = torch.nn.functional.pad(probs, (0, -vocabulary % BLOCK))
+    blocks = probs.view(rows, -1, BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     target = uniform_B.double()[:, None] * ends[:, -1:]
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp_min(0)), torch.zeros_like(target))
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(-1)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
     last = torch.searchsorted(inside, inside[:, -1:].contiguous()).clamp(max=BLOCK - 1)  # the last token of any mass
     within = torch.searchsorted(inside, target - before, right=True)
     tokens = (block * BLOCK + torch.minimum(within, last)).squeeze(1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selftaught.records import Finish, Request, Rollout, Sampling
-from selftaught.rollout.cache import DecodeCache
+from selftaught.rollout.cache import decode_cache
 from selftaught.rollout.engine import uniforms
 from selftaught.rollout.sampling import draw, greedy, truncate
 
@@ -110,7 +110,7 @@ class TransformersEngine:
         group = torch.tensor([prompts[row.request.prompt.token_ids] for row in active], device=device)
         hidden, layers = self.backbone.prefill(list(prompts))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        cache = DecodeCache(layers, lengths, group, sampling.max_completion_length)
+        cache = decode_cache(layers, lengths, group, sampling.max_completion_length)
         logits = self.backbone.logits(hidden)[group]
         for position in range(sampling.max_completion_length):
             token = self._draw(active, logits, position, sampling)
@@ -145,7 +145,8 @@ class TransformersEngine:
         if sampling.temperature == 0:
             token, logp = greedy(logits)
         else:
-            scaled = truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+            scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
+            scaled = truncate(scaled, sampling.top_k, sampling.top_p)
             uniform = torch.tensor([row.uniform[position] for row in active], dtype=torch.float64, device=logits.device)
             token, logp = draw(scaled, uniform)
         for row, t, p in zip(active, token.tolist(), logp.tolist(), strict=True):

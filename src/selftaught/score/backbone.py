@@ -19,9 +19,9 @@ from selftaught.errors import UserError
 from selftaught.records import Section
 from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
-from selftaught.score.thin import thin
+from selftaught.score.thin import thin, thin_linear
 from selftaught.tensors import Packed, pack, upcast
-from selftaught.vocabulary import Head, project
+from selftaught.vocabulary import Head, finish
 
 PROBE_TOLERANCE = 1e-3  # of the largest logit; in float32 layouts differ by the order of sums alone
 LOW_TOLERANCE = 0.1  # the same in bfloat16
@@ -90,7 +90,8 @@ class Backbone:
             if self._upcast is None:
                 self._upcast = replace(head, weight=upcast(head.weight.detach()))
             head = self._upcast
-        return project(hidden_nH, head)
+        bias = None if head.bias is None else upcast(head.bias)
+        return finish(thin_linear(upcast(hidden_nH), upcast(head.weight), bias), head)
 
     def hidden(self, packed: Packed, weights: Named | None = None) -> Tensor:
         """The hidden states (N, H) that predict each scored token, in rollout order."""
