@@ -21,7 +21,7 @@ from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
 from selftaught.score.thin import thin, thin_linear
 from selftaught.tensors import Packed, pack, upcast
-from selftaught.vocabulary import Head, finish
+from selftaught.vocabulary import Head, finish, project
 
 PROBE_TOLERANCE = 1e-3  # of the largest logit; in float32 layouts differ by the order of sums alone
 LOW_TOLERANCE = 0.1  # the same in bfloat16
@@ -86,12 +86,14 @@ class Backbone:
         Inside `frozen`, where weights do not change, the head's float32 copy is made once: it is needed at every token.
         """
         head = self.head()
-        if self._frozen and head.weight.dtype != upcast(head.weight[:0]).dtype:
+        if not self._frozen:
+            return project(hidden_nH, head)
+        if head.weight.dtype != upcast(head.weight[:0]).dtype:
             if self._upcast is None:
                 self._upcast = replace(head, weight=upcast(head.weight.detach()))
             head = self._upcast
         bias = None if head.bias is None else upcast(head.bias)
-        return finish(thin_linear(upcast(hidden_nH), upcast(head.weight), bias), head)
+        return finish(thin_linear(upcast(hidden_nH), head.weight, bias), head)
 
     def hidden(self, packed: Packed, weights: Named | None = None) -> Tensor:
         """The hidden states (N, H) that predict each scored token, in rollout order."""
