@@ -258,8 +258,8 @@ def test_a_head_scales_then_caps() -> None:
 
 
 def test_the_chunk_is_a_function_of_the_vocabulary_and_bounded() -> None:
-    assert chunk_size(50) == 1024 and chunk_size(10**9) == 16
-    assert chunk_size(151_936) * 151_936 <= CHUNK_ELEMENTS < (chunk_size(151_936) + 1) * 151_936
+    assert chunk_size(50) == 1024 and chunk_size(10**9) == 32  # whole blocks of rows, and never less than one
+    assert (chunk_size(49_152) - 32) * 49_152 < CHUNK_ELEMENTS <= chunk_size(49_152) * 49_152
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4])

@@ -11,7 +11,7 @@ import torch
 from selftaught.assemble import Ground, device_of
 from selftaught.score.adapter import adapter_size
 from selftaught.score.hub import load_skeleton
-from selftaught.vocabulary import CHUNK_ELEMENTS
+from selftaught.vocabulary import chunk_size
 
 GB = 1e9
 ACTIVATION_FLOATS = 34  # per layer and token, in hidden widths: what a pre-norm decoder layer keeps for its backward
@@ -83,7 +83,7 @@ def forecast(ground: Ground) -> Forecast:
             "optimiser": trained * (8 if width_of_trained == 4 else 12),
             "teachers": len(kept) * trained * width_of_trained + external,
             "activations": run.optim.token_budget * width * ACTIVATION_FLOATS * layers * size,
-            "head": CHUNK_ELEMENTS * 4 * (5 + 2 * further) + head,
+            "head": chunk_size(text.vocab_size) * text.vocab_size * 4 * (5 + 2 * further) + head,
             "sampling": rows * (run.rollout.max_completion_length + longest // run.rollout.num_generations) * kv * size,
             "libraries": int(0.7 * GB),
         },

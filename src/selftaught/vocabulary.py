@@ -11,6 +11,8 @@ from torch import Tensor
 
 from selftaught.tensors import product, upcast
 
+ROWS = 32  # a chunk is a multiple of it: matrix kernels read whole blocks
+NO_MASS = -1e4  # a log-prob whose exponential is 0, in float64 too
 CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in float32
 
 
@@ -36,7 +38,8 @@ def as_head(head: Head | Tensor | tuple[Tensor, Tensor]) -> Head:
 
 def chunk_size(vocabulary: int) -> int:
     """Tokens per chunk: a pure function of V (never of free memory), so that runs repeat bit for bit."""
-    return max(16, min(1024, CHUNK_ELEMENTS // vocabulary))
+    blocks = -(-CHUNK_ELEMENTS // (vocabulary * ROWS))
+    return max(1, min(32, blocks)) * ROWS
 
 
 def affine(hidden_nH: Tensor, weight_VH: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,8 +104,9 @@ class TokenDist:
 
     def entropy(self) -> Tensor:
         """In nats: (n,)."""
-        if not torch.is_grad_enabled():  # one temporary instead of five; entr has no gradient at 0
-            return torch.special.entr((self.logits - self.log_normaliser[:, None]).exp_()).sum(-1)
+        if not torch.is_grad_enabled():  # two temporaries instead of five; the floor keeps 0 * -inf from being NaN
+            log_probs = (self.logits - self.log_normaliser[:, None]).clamp_(min=NO_MASS)
+            return -torch.linalg.vecdot(log_probs.exp(), log_probs)
         probs = (self.logits - self.log_normaliser[:, None]).exp()
         return self.log_normaliser - product(probs, self.logits).sum(-1)
 
