@@ -84,7 +84,8 @@ def _facts() -> Iterator[Fact]:
                    privilege__max_prompt_length=10240, privilege__choose="random", eval__temperature=0.7,
                    eval__samples=16, eval__k=[1, 16])
     yield from say(DEMOPSD, "the curves' steps mean batches of 32 (stated: 64)", rollout__prompts_per_step=32)
-    yield from say(DEMOPSD, "code (SDPO)", privilege__threshold=0.5, loss__sampler_cap=2.0, data__thinking=False)
+    yield from say(DEMOPSD, "code (SDPO)", privilege__threshold=0.5, loss__sampler_cap=2.0, data__thinking=False,
+                   optim__weight_decay=0.01)
     for domain, beta, train, test, steps in (("biology", 70, 450, 50, 42), ("chemistry", 25, 1890, 210, 177),
                                              ("material", 50, 841, 94, 78), ("physics", 100, 720, 80, 66)):
         yield from say(f"demopsd-{domain}", "paper: beta per domain, steps of the figure; SDPO's split",
@@ -103,11 +104,11 @@ def _facts() -> Iterator[Fact]:
     # SDPO, arXiv 2601.20802; code lasgroup/SDPO 0e6d5106, the two experiments' scripts over the YAML.
     yield from say(SDPO, "code", model="Qwen/Qwen3-8B", rollout__prompts_per_step=32, rollout__num_generations=8,
                    data__max_prompt_length=2048, rollout__max_completion_length=8192, rollout__temperature=1.0,
-                   privilege__max_prompt_length=10240, method__is_cap=2.0, loss__sampler_cap=2.0, data__thinking=False)
+                   privilege__max_prompt_length=10240, method__is_cap=2.0, loss__sampler_cap=2.0, data__thinking=False,
+                   optim__weight_decay=0.01, eval__temperature=0.6, eval__top_p=0.95)
     yield from say("sdpo", "code: without feedback", method__divergence="js", method__top_k=100,
                    optim__learning_rate=1e-5, optim__warmup_steps=10, method__teacher__rate=0.05,
-                   privilege__threshold=0.5, data__train=1890, data__heldout=210, eval__samples=16,
-                   eval__temperature=0.6, eval__top_p=0.95)
+                   privilege__threshold=0.5, data__train=1890, data__heldout=210, eval__samples=16)
     yield from say("sdpo-feedback", "code: with rich feedback", method__divergence="kl_student_teacher",
                    method__top_k=20, optim__learning_rate=1e-6, optim__warmup_steps=0, method__teacher__rate=0.01,
                    optim__minibatches=32, eval__samples=4, privilege__parts__0__threshold=0.5)
@@ -117,7 +118,7 @@ def _facts() -> Iterator[Fact]:
                    rollout__max_completion_length=1024, rollout__temperature=1.1, rollout__top_p=0.95,
                    rollout__top_k=20, optim__learning_rate=5e-6, optim__max_grad_norm=0.1, optim__steps=100,
                    optim__lora__rank=64, optim__lora__alpha=128, optim__lora__target_modules="all-linear",
-                   method__clip=0.05, eval__samples=12, data__thinking=False)
+                   method__clip=0.05, eval__samples=12, data__thinking=False, privilege__thinking=True)
     yield from say("opsd", "code", method__temperature=1.1, method__teacher__weights="initial",
                    privilege__max_prompt_length=20000 - 1024)
 
@@ -130,9 +131,11 @@ def _facts() -> Iterator[Fact]:
     yield from say("sdft", "per rollout, then mean", loss__reduction="sequence_mean")
 
     # On-policy distillation, tinker-cookbook 9dfcc3a2.
-    yield from say("opd", "code and README", rollout__num_generations=4, rollout__prompts_per_step=512,
-                   rollout__max_completion_length=16384, rollout__temperature=1.0, method__coef=1.0,
-                   optim__learning_rate=1e-4, optim__lora__rank=128, optim__steps=200)
+    yield from say("opd", "code: the script's defaults", rollout__num_generations=4, rollout__temperature=1.0,
+                   rollout__max_completion_length=4096, method__coef=1.0, eval__every=20, optim__learning_rate=1e-4,
+                   optim__lora__rank=128)
+    yield from say("opd", "the first README, whose run is Qwen3-8B-Base", model="Qwen/Qwen3-8B-Base",
+                   rollout__prompts_per_step=512, optim__steps=100)
 
     # DAPO, arXiv 2503.14476, section 4.1; verl's recipe/dapo.
     yield from say("dapo", "paper 4.1", model="Qwen/Qwen2.5-32B", rollout__prompts_per_step=512,

@@ -30,7 +30,7 @@ class DAPO:
     `rollout.filter_groups`, the penalty of overlong rollouts (eq. 13) the reward `length`, leaving them out of the loss
     `rollout.mask_truncated`.
     Equals: grpo with eps_high=0.28; rlsd with lam=0 when dual_clip is 3.
-    Criticism: a reproduction in verl puts most of the gain over grpo in the mean over tokens, little in drawing again.
+    Criticism: in verl's reproduction (AIME24) the mean over tokens adds 6 points (44 to 50), drawing again 2 (to 52).
     """
 
     name: ClassVar[str] = "dapo"
@@ -59,7 +59,7 @@ class DAPO:
 
 @dataclass(frozen=True)
 class DrGRPO:
-    """GRPO without its two divisors: neither easy or hard problems nor short wrong rollouts weigh more.
+    """GRPO without its two divisors: neither easy or hard problems nor short rollouts weigh more.
 
         A    = R - mean_g
         rho  = exp(logp - logp_old)

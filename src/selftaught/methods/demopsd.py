@@ -24,13 +24,14 @@ class DemoPSD:
         B    proportional to T^(1 - a) R^a                                              (eqs. 9, 11)
         loss = min(sg[rho], is_cap) KL(S||B)                                            (eq. 12)
 
-    All on the student's top_k tokens and a bucket with the rest; log T and log R are floored at log(floor) first,
-    and only B is renormalised (appendix B). T and R are the same moving average of the student, with and without
+    All on the student's top_k tokens and a bucket with the rest; log T and log R are floored at log(floor) first
+    (appendix B), and only B is renormalised. T and R are the same moving average of the student, with and without
     the privileged prompt.
 
     Sees: a sibling that succeeded
     Divergence: KL(S||B) on top_k tokens and a tail
-    Deviations: none. Equation 11 prints the normaliser as a sum of the normalised target; the product is meant.
+    Deviations: the paper states neither how tokens are averaged (here as in SDPO) nor on what d and a are taken (here
+    on the floored bins). Equation 11 prints the normaliser as a sum of the normalised target; the product is meant.
     Equals: sdpo with kl_student_teacher when alpha_max = 0 or beta = 0 and the floor is inactive.
     Criticism: where R is the student, B only weighs the pull to T by 1 - a >= 0.85, with the same goal; the mean a
     reported is about 0.04; beta is tuned per domain, without seeds or error bars; of two right ways the rarer

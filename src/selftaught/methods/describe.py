@@ -32,8 +32,8 @@ INTRODUCTION = """\
 Made by `selftaught methods --markdown > docs/methods.md` from the methods' own files; do not edit.
 
 S is the student, y its sampled token, T the teacher, A a group-relative advantage, rho the ratio to the policy that
-drew y, sg stop-gradient. Defaults are the published values. "Equals" lines are tests. `selftaught methods NAME` prints
-one entry.
+drew y, sg stop-gradient. Defaults are the papers', or the authors' code's where the paper has none (cispo's cap: TRL's
+advice; demopsd's beta: one of four). "Equals" lines are tests. `selftaught methods NAME` prints one entry.
 """
 
 

@@ -19,7 +19,7 @@ from selftaught.vocabulary import TokenDist
 class GRPO:
     """A rollout is reinforced by how much better it was than its siblings; no teacher.
 
-        A    = (R - mean_g) / (std_g + 1e-6)                                            (eq. 3)
+        A    = (R - mean_g) / (std_g + 1e-6)
         rho  = exp(logp - logp_old)
         loss = -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)                      (eq. 3, without the KL)
 

@@ -25,8 +25,9 @@ class OPSD:
 
     Sees: a reference solution
     Divergence: KL(T||S) over the whole vocabulary, summands clipped
-    Deviations: none from version 3; version 1 minimised a generalised JSD. A capped summand has no gradient, so
-    the update may turn against the teacher (T = (.6, .4), S = (.4, .6), clip .05): set clip=None to be sure of KL.
+    Deviations: none from version 3; version 1 minimised a generalised JSD. clip is published as 0.05 or 0.06 for a
+    teacher that thinks, 1e-6 or 1e-7 for one that does not. A capped summand has no gradient, so the update may turn
+    against the teacher (T = (.6, .4), S = (.4, .6), clip .05): set clip=None to be sure of KL.
     Equals: sdft with skip=0, and gkd with kl_teacher_student, when clip is None and temperature is 1.
     Criticism: others find that it peaks within some 20 steps and then declines, while mentions of an unseen reference
     rise (2604.03128); pure self-distillation collapsed a 1.7B model in another's run (2606.04036). Its direction

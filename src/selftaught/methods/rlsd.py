@@ -23,7 +23,7 @@ class RLSD:
         A      = (R - mean_g) / (std_g + 1e-6)                                          (eq. 1)
         d      = log T(y) - log S_old(y)                                                (eq. 13)
         w      = clip(exp(sign(A) d), 1 - eps_w, 1 + eps_w)                             (eqs. 14, 15)
-        lam_k  = lam max(0, 1 - k / lam_decay), k optimiser batches done
+        lam_k  = lam max(0, 1 - k / lam_decay), k steps (rollout batches) done
         A_t    = A ((1 - lam_k) + lam_k w)
         loss   = -min(rho A_t, clip(rho, 1 - eps_low, 1 + eps_high) A_t), dual clip c where A < 0
 

@@ -18,10 +18,10 @@ from selftaught.vocabulary import TokenDist
 
 @dataclass(frozen=True)
 class SDPG:
-    """GRPO, a pull of the better rollouts towards the privileged self, and a leash to where training began.
+    """GRPO, a pull of the better rollouts towards the privileged self, and a KL penalty to where training began.
 
         A      = (R - mean_g) / (std_g + 1e-6)
-        beta_k = beta ramp(k / beta_warmup) ramp((steps - k) / beta_decay), k optimiser batches done
+        beta_k = beta ramp(k / beta_warmup) ramp((steps - k) / beta_decay), k steps (rollout batches) done
         g      = 1[A > 0]; 1 where gate is "all"; 0 without a privilege                 (eq. 3.5)
         K      = of log w = logp - log ref: urkl log(w)^2 / 2, ufkl 1/w + log w, rkl (log w + 1)^2 / 2, fkl 1/w
         loss   = surrogate(A) + sg[rho] (beta_k g KL(S||T) + alpha K)                   (eqs. 3.1, 3.2, A.3)
@@ -31,7 +31,8 @@ class SDPG:
 
     Sees: the answer and a solution
     Divergence: KL(S||T) over the whole vocabulary
-    Deviations: a clipped surrogate, if asked for, is PPO's, as in the authors' code (A.3: sg of it times logp).
+    Deviations: a clipped surrogate, if asked for, is PPO's, as in the authors' code (A.3: sg of it times logp); the
+    mean is over the batch's tokens (paper: over a prompt's rollouts; code: a micro-batch).
     Equals: grpo with eps None when alpha = beta = 0.
     Criticism: the paper's own curve with beta = 0 keeps up, so little of the gain is the teacher's; its grpo baseline
     puts a KL into the reward before dividing by the std; gate and schedule are off in the code unless set; on stop
@@ -84,8 +85,8 @@ class SDPG:
         on = credit["gate"] > 0
         part = kl(student[on].log_probs, teacher[on].log_probs)  # no vocabulary where the gate is shut
         pull = torch.zeros_like(clip.loss).masked_scatter(on, part.to(clip.loss.dtype))
-        leash = reference_penalty(self.reference_kl, logp, views["reference"].at_sampled)
+        penalty = reference_penalty(self.reference_kl, logp, views["reference"].at_sampled)
         rho = importance_ratio(logp.detach(), old)
-        loss = clip.loss + rho * (credit["beta"].to(pull.dtype) * pull + self.alpha * leash)
+        loss = clip.loss + rho * (credit["beta"].to(pull.dtype) * pull + self.alpha * penalty)
         gap = evidence(teacher.at_sampled, logp).detach()
-        return TokenLoss(loss, {**clip.metrics, "gap": gap, "kl": pull.detach(), "reference_kl": leash.detach()})
+        return TokenLoss(loss, {**clip.metrics, "gap": gap, "kl": pull.detach(), "reference_kl": penalty.detach()})

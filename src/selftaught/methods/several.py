@@ -26,8 +26,10 @@ class Several:
 
     Every privileged view has the same k in one term: "teacher" is seen with privilege 0, "teacher.1" with the next.
     Statistics over the batch (DOPD's thresholds) are taken for each k over the rollouts that have a k-th privilege.
-    A rollout without any is what it is to the method: its term is that of k = 0. With the published divergences the
-    two differ: averaged KL(T_k||S) has the mixture for its optimum, averaged KL(S||T_k) the geometric mean.
+    A rollout without any is what it is to the method: its term is that of k = 0.
+
+    For KL(T||S) unclipped the two have one gradient (they differ by what does not depend on S); averaged KL(S||T_k) has
+    the geometric mean for its optimum, not the mixture.
     """
 
     method: Method
