@@ -209,6 +209,13 @@ def test_methods_lists_them_and_shows_the_equations_of_one() -> None:
         assert part in said.out
 
 
+def test_methods_in_a_narrow_terminal_leaves_a_column_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for width, shown in ((80, False), (130, True)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        said = cli("methods")
+        assert max(map(len, said.out.splitlines())) <= width and ("a reward, groups" in said.out) is shown
+
+
 def test_help_is_one_screen_and_names_the_commands() -> None:
     said = cli("--help")
     assert said.code == 0 and said.out.startswith("Usage: selftaught ")

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from selftaught.errors import UserError
-from selftaught.run import load_run
+from selftaught.methods import names
+from selftaught.run import load_run, recipe_names
 from selftaught.studies import methods as study
 from tiny import save_tiny
 
@@ -22,6 +23,10 @@ def test_every_controlled_method_has_its_three_arms_and_the_others_one() -> None
     names = [arm.name for arm in study.arms(("grpo", "rlsd"), (0, 1))]
     assert names == ["grpo-right-0", "rlsd-right-0", "grpo-right-1", "rlsd-right-1",
                      "rlsd-empty-0", "rlsd-wrong-0", "rlsd-empty-1", "rlsd-wrong-1"]  # fmt: skip
+
+
+def test_a_study_of_all_runs_the_methods_and_no_recipe_of_another_name() -> None:
+    assert set(study.default_methods()) == set(names()) and "small/lora" in recipe_names()
 
 
 @pytest.mark.parametrize("method", study.CONTROLLED)

@@ -16,7 +16,7 @@ from selftaught.errors import Unreachable, UserError, nearest
 
 app = typer.Typer(help="Train language models on their own rollouts.", no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False, rich_markup_mode=None)
-Recipe = Annotated[str, typer.Argument(help="a shipped recipe's name (quickstart) or a YAML file")]
+Recipe = Annotated[str, typer.Argument(help="a YAML file, or a shipped recipe: quickstart, small/METHOD, papers/NAME")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example optim.steps=10")]
 
 
@@ -107,11 +107,27 @@ def methods(name: Annotated[str | None, typer.Argument(help="a method: equations
     elif name is not None:
         typer.echo(as_text(describe(name)))
     else:
-        table = Table(*COLUMNS, box=None, pad_edge=False)
+        console = Console()
+        left_out = "" if console.width >= 120 else "what must exist"  # `methods NAME` says it
+        table = Table(*(column for column in COLUMNS if column != left_out), box=None, pad_edge=False)
         for each in names():
-            table.add_row(*describe(each).row())
-        Console().print(table)
+            row = zip(COLUMNS, describe(each).row(), strict=True)
+            table.add_row(*(cell for column, cell in row if column != left_out))
+        console.print(table)
         typer.echo("\nselftaught methods NAME: equations, fields, source, and what is held against it")
+
+
+@app.command("recipe")
+def recipe_fields(
+    section: Annotated[str | None, typer.Argument(help="a section of it, such as optim or privilege")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="all of it, as a page of documentation")] = False,
+) -> None:
+    """Every field of a recipe: what may stand there, its default, and what it is."""
+    from selftaught.schema import as_markdown, as_text
+
+    if markdown and section is not None:
+        raise UserError(f"recipe: --markdown writes the page of all fields, so leave {section!r} out")
+    typer.echo(as_markdown(), nl=False) if markdown else typer.echo(as_text(section))
 
 
 @app.command()
@@ -131,7 +147,10 @@ def hints(data: Annotated[str, typer.Argument(help="a file, a folder saved by `d
           concurrency: Annotated[int, typer.Option(min=1, help="requests at a time")] = 8,
           retries: Annotated[int, typer.Option(min=0, help="how often a request is sent again")] = 5,
           timeout: Annotated[float, typer.Option(min=0.1, help="seconds to wait for an answer")] = 120.0) -> None:
-    """Let a model write a hint for each problem, and drop weak ones: the privilege of DOPD."""
+    """Let a model write a hint for each problem, and drop weak ones: the privilege of DOPD.
+
+    Then train on what it wrote, with `data: hints.jsonl` (what --out names) and `privilege: hint`.
+    """
     from selftaught.chat import Chat
     from selftaught.hints import write_hints
 
@@ -160,7 +179,7 @@ def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="methods: every method on one task, with controls of its teacher")],
+    name: Annotated[str, typer.Argument(help="methods: each on one task, the self-taught ones also with an empty and a wrong privilege")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="the study's folder; runs/NAME if not given")] = None,
     only: Annotated[str | None, typer.Option(help="some methods, with commas")] = None,

@@ -61,7 +61,7 @@ class Run(Section):
     eval: EvalConfig = EvalConfig()
     report: ReportConfig = ReportConfig()
     device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of every draw: split, order, prompts, responses and privileges")
     out: str = Field("runs/run", description="the run's folder")
 
     @model_validator(mode="before")

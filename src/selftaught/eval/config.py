@@ -14,16 +14,16 @@ class EvalConfig(Section):
     returns a number: from 1.0 on); mean@k is the mean of the whole weighted score.
     """
 
-    every: int | None = Field(None, ge=1, description="evaluate every so many steps; None: only before and after")
+    every: int | None = Field(None, ge=1, description="evaluate every so many steps; null: only before and after")
     samples: int = Field(8, ge=1, description="responses drawn for each problem (n of pass@k)")
     k: tuple[int, ...] = Field((1, 8), description="the k of pass@k, maj@k and mean@k; none above `samples`")
-    problems: int | None = Field(None, ge=1, description="held-out problems to use, the first so many; None: all")
+    problems: int | None = Field(None, ge=1, description="held-out problems to use, the first so many; null: all")
     temperature: float = Field(1.0, ge=0.0, description="sampling temperature; 0: the likeliest token (greedy)")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus of the sampling; 1: untruncated")
-    top_k: int | None = Field(None, ge=1, description="sample among the k likeliest tokens; None: untruncated")
-    max_completion_length: int | None = Field(None, ge=1, description="tokens of a response; None: the rollout's own")
+    top_k: int | None = Field(None, ge=1, description="sample among the k likeliest tokens; null: untruncated")
+    max_completion_length: int | None = Field(None, ge=1, description="tokens of a response; null: the rollout's own")
     controls: bool = Field(True, description="also measure another problem's prompt and the teacher's own accuracy")
-    best: str | None = Field("pass@1", description="measure by which the best checkpoint is kept; None: keep none")
+    best: str | None = Field("pass@1", description="measure by which the best checkpoint is kept; null: keep none")
 
     @field_validator("k", mode="before")
     @classmethod

@@ -21,8 +21,8 @@ class LossConfig(Section):
     reduction: Reduction = Field("token_mean", description="token_mean, sequence_mean or constant")
     length: int | None = Field(None, description="the divisor per rollout of `constant`", gt=0)
     sampler_cap: float | None = Field(None, gt=0, description="cap of the correction for the sampler's log-probs; "
-                                      "None: none (the built-in engine samples on the training weights)")
-    chunk: int | None = Field(None, gt=0, description="tokens per chunk of the vocabulary head; None: by V and H")
+                                      "null: none (the built-in engine samples on the training weights)")
+    chunk: int | None = Field(None, gt=0, description="tokens per chunk of the vocabulary head; null: by V and H")
 
 
 def token_weights(reduction: str, counted_N: Tensor, sequence_ids_N: Tensor, *, length: int | None = None,

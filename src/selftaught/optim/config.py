@@ -11,7 +11,7 @@ from selftaught.records import Section
 
 
 class LoraConfig(Section):
-    """The recipe's `optim.lora:`: train low-rank adapters (arXiv:2106.09685) and leave the model's weights alone.
+    """Train low-rank adapters (arXiv:2106.09685) and leave the model's weights alone.
 
     They need a higher learning rate than the weights themselves: about 1e-4. `lora: 16` is short for {rank: 16}.
     """
@@ -32,7 +32,7 @@ class LoraConfig(Section):
 
 
 class OptimConfig(Section):
-    """The recipe's `optim:` section. A step is one rollout batch; every schedule counts steps.
+    """How the weights are updated. A step is one rollout batch; every schedule counts steps.
 
     So all updates on one rollout batch have one learning rate, and teachers follow once after the last of them.
     """
@@ -79,7 +79,7 @@ class OptimConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """The recipe's `checkpoint:` section."""
+    """When the whole state is saved, so that a run can go on, and how much of it is kept."""
 
     every: int = Field(10, gt=0, description="Steps between two checkpoints.")
     keep: int = Field(2, gt=0, description="How many of the newest stay on disk; the best one stays besides.")

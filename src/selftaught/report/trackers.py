@@ -22,7 +22,7 @@ class ReportConfig(Section):
     to: tuple[Name, ...] = Field(("tensorboard",), description="trackers that get a copy of every metric")
     project: str = Field("selftaught", description="project's name at wandb and trackio")
     save_rollouts: bool = Field(True, description="keep every training rollout in rollouts/step-N.jsonl")
-    patience: int | None = Field(8, ge=1, description="dead steps in a row before a run stops; None: it never does")
+    patience: int | None = Field(8, ge=1, description="dead steps in a row before a run stops; null: it never does")
     html: bool = Field(True, description="write report.html at the end")
 
 

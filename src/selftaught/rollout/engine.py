@@ -19,9 +19,9 @@ class RolloutConfig(Section):
     num_generations: int = Field(8, ge=1, description="rollouts per problem (the group)")
     prompts_per_step: int = Field(8, ge=1, description="problems per rollout batch")
     max_completion_length: int = Field(512, ge=1, description="tokens per response at most")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; responses are scored at it too")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus of the sampling; 1: untruncated")
+    top_k: int | None = Field(None, ge=1, description="sample among the k likeliest tokens; null: untruncated")
     allow_truncated_support: bool = Field(
         False, description="train although top_p or top_k make the sampler's support smaller than the scorer's")
     stop: tuple[str, ...] = Field((), description="strings that end a response")

@@ -1,8 +1,8 @@
 """Every method on one task from its small recipe, beside what its teacher is worth without its knowledge.
 
 Runs are processes of the command line, some at a time, each in a folder of its own; what is finished is not run again.
-A method that is given a privilege is also run with an empty and with a wrong one: where those do as well, the gain is
-not the teacher's. The table is made from saved completions alone.
+The self-taught methods in CONTROLLED are also run with an empty and with a wrong privilege: where those do as well, the
+gain is not the teacher's. The table is made from saved completions alone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from selftaught.errors import UserError, nearest
 from selftaught.eval import compare, read_rows, select
+from selftaught.methods import names
 from selftaught.run import load_run, recipe_names
 
 CONTROLLED = ("rlsd", "sdpg", "demopsd", "sdpo", "opsd")
@@ -64,6 +65,11 @@ def overrides(arm: Arm) -> list[str]:
     return [f"privilege={{kind: {arm.privilege}, of: {config.base}}}"]
 
 
+def default_methods() -> list[str]:
+    """Every method that has a small recipe; a recipe of another name (`small/lora`) runs if it is asked for."""
+    return [name for name in names() if f"small/{name}" in recipe_names()]
+
+
 def run(out: Path, say: Say, *, methods: Sequence[str] = (), seeds: Sequence[int] = (0,), jobs: int = 0,
         extra: Sequence[str] = ()) -> str:
     """Run what is not finished under `out`, then write table.md and table.json there; returns the table.
@@ -79,7 +85,7 @@ def run(out: Path, say: Say, *, methods: Sequence[str] = (), seeds: Sequence[int
     for method in methods:
         if method not in shipped:
             raise UserError(f"study methods: there is no recipe small/{method}; {nearest(method, shipped)}")
-    todo = arms(methods or shipped, seeds)
+    todo = arms(methods or default_methods(), seeds)
     external = {arm.method for arm in todo if load_run(f"small/{arm.method}").teacher is not None}
     teacher = Arm("grpo", "right", seeds[0])
     if external and teacher not in todo:
