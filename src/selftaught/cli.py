@@ -179,7 +179,8 @@ def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="methods: each on one task, the self-taught ones also with an empty and a wrong privilege")],
+    name: Annotated[str, typer.Argument(
+        help="methods: each on one task, the self-taught ones also with an empty and a wrong privilege")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="the study's folder; runs/NAME if not given")] = None,
     only: Annotated[str | None, typer.Option(help="some methods, with commas")] = None,

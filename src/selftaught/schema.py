@@ -24,8 +24,8 @@ INTRODUCTION = """\
 Made by `selftaught recipe --markdown > docs/recipe.md` from the sections' own classes; do not edit.
 
 A recipe is a YAML file of these keys. `key.field=value` on the command line sets one, and `selftaught.train(...)` takes
-the same names. `selftaught recipe KEY` prints a section. Beside `name`, the section `method` takes the fields and views of
-the method ([methods.md](methods.md)).
+the same names. `selftaught recipe KEY` prints a section. Beside `name`, the section `method` takes the fields and views
+of the method ([methods.md](methods.md)).
 """
 
 
