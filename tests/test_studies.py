@@ -15,7 +15,8 @@ from selftaught.studies import methods as study
 from tiny import save_tiny
 
 TINY = ("optim.steps=1", "optim.warmup_steps=0", "data.train=16", "data.heldout=3", "data.shots=1",
-        "rollout.num_generations=2", "rollout.prompts_per_step=2", "rollout.max_completion_length=4", "optim.token_budget=512", "eval.every=null",
+        "rollout.num_generations=2", "rollout.prompts_per_step=2", "rollout.max_completion_length=4",
+        "optim.token_budget=512", "eval.every=null",
         "eval.controls=false", "checkpoint.every=1", "report.html=false")  # fmt: skip
 
 
