@@ -432,6 +432,22 @@ def test_a_folder_that_is_no_adapter_of_its_base_is_refused(saved: Path) -> None
         check_model(edited(saved, base_model_name_or_path=None))
 
 
+def test_an_adapter_is_refused_as_a_model_to_train_before_a_weight_is_read_and_evaluated_all_the_same(
+    home: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    path = write_recipe(home, "adapter.yaml", model=str(saved), out=str(home / "runs" / "adapter"))
+    with monkeypatch.context() as patch:
+        patch.setattr("selftaught.assemble.load_model", never)
+        for command in (("train", path), ("train", "--dry-run", path), ("doctor", path)):
+            told = cli(*command)
+            assert told.code == 2 and "is an adapter, which can be evaluated but not trained on" in told.err, told
+    told = cli("eval", saved, path)
+    assert told.code == 0, told.err
+
+
 def test_a_lost_base_is_named_with_the_adapter_that_needs_it(saved: Path) -> None:
     gone = saved.parent / "gone" / "model" / "x"
     with pytest.raises(UserError) as refused:

@@ -89,11 +89,18 @@ class Parts:
         return self.ground.run.rollout.sampling()
 
 
-def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] | None = None) -> Ground:
-    """Check and load everything but the weights. Raises UserError with the remedy for whatever cannot work."""
+def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] | None = None, *,
+               trains: bool = True) -> Ground:
+    """Check and load everything but the weights. Raises UserError with the remedy for whatever cannot work.
+
+    An adapter's folder can be evaluated (`trains` False), but not trained on.
+    """
     method = run.method.build()
     device_of(run)
     check_model(run.model)
+    if trains and (base := base_name(run.model)) != run.model:
+        raise UserError(f"model: {run.model!r} is an adapter, which can be evaluated but not trained on; train a new "
+                        f"one on its base (model: {base}, with optim.lora), or merge it into its base and train that")
     check_vocabulary(run, method)
     if run.optim.lora is not None:
         require_peft("optim.lora")
@@ -188,6 +195,9 @@ def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset
             raise UserError(f"eval.max_completion_length = {evaluated}: with the longest {what} of {size} tokens it is "
                             f"over the model's context of {limit}; lower it to {limit - size}, or {shorten[what]}")
     if run.teacher is not None:
+        views = run.method.build().views.values()
+        if all(view.context == "plain" for view in views if view.weights == "external"):
+            longest.pop("privileged prompt", None)
         limit = getattr(load_config(run.teacher.model).get_text_config(), "max_position_embeddings", None)
         written = max(written, evaluated) if run.eval.controls and dataset.heldout else written
         what, size = max(longest.items(), key=lambda each: each[1])
@@ -254,11 +264,8 @@ def _probed(ground: Ground, model: Any, layout: str) -> tuple[Backbone, Engine]:
 
 
 def assemble(ground: Ground) -> Parts:
-    """Load the weights and put the parts together. Raises UserError where what would be trained is an adapter."""
+    """Load the weights and put the parts together."""
     run, method = ground.run, ground.method
-    if (base := base_name(run.model)) != run.model:
-        raise UserError(f"model: {run.model!r} is an adapter, which can be evaluated but not trained on; train a new "
-                        f"one on its base (model: {base}, with optim.lora), or merge it into its base and train that")
     backbone, engine = load_engine(ground)
     model = backbone.model
     if run.optim.lora is None:

@@ -160,7 +160,8 @@ def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say
     stem = Path(recipe).stem
     out = folder / "evals" / stem if of_run else Path(run.out).parent / "evals" / f"{folder.name}-{stem}"
     target = RunFolder(run.out if any(o.startswith("out=") for o in overrides) else _unused(out))
-    ground = lay_ground(run.model_copy(update={"teacher": None}), say)  # who taught it need not be there any more
+    # Who taught it need not be there any more.
+    ground = lay_ground(run.model_copy(update={"teacher": None}), say, trains=False)
     try:
         if not ground.dataset.heldout:
             raise UserError("data.heldout = 0: there is nothing to evaluate on; set it above 0")
