@@ -314,6 +314,16 @@ def test_a_killed_run_goes_on_with_the_same_bits_and_saves_nothing_but_adapters(
     assert refused.code == 2 and "optim.lora.rank = 4" in refused.err and "begun with 3" in refused.err
 
 
+def test_an_adapter_does_not_go_on_over_another_base(home: Path) -> None:
+    base = save_tiny(home / "moved", initializer_range=0.2)
+    path = write_recipe(home, "moved.yaml", **sections(home, "moved", model=str(base)))
+    assert cli("train", path).code == 0
+    assert cli("train", path, "--resume").code == 0
+    save_tiny(base, initializer_range=0.2, seed=1)
+    told = cli("train", path, "--resume")
+    assert told.code == 2 and f"model = '{base}': its weights are not those" in told.err and "another out" in told.err
+
+
 def the_card_s_model(final: Path) -> Any:
     """What the code in the model card makes of the folder."""
     code = re.findall(r"^```python\n(.*?)^```", (final / "README.md").read_text(), re.M | re.S)[0]

@@ -73,7 +73,7 @@ class External:
 
 @dataclass(frozen=True)
 class Parts:
-    """The live parts of a run."""
+    """The live parts of a run; `base` is the digest of the weights under an adapter, None where none is trained."""
 
     ground: Ground
     backbone: Backbone
@@ -83,6 +83,13 @@ class Parts:
     scorer: Scorer
     cursor: Cursor
     external: External | None = None
+    base: str | None = None
+
+    def refuse_change(self, base: str | None) -> None:
+        """Raise UserError where a run's adapter began over other weights."""
+        if base != self.base:
+            raise UserError(f"model = {self.ground.run.model!r}: its weights are not those that this run's adapter "
+                            "began with; put them back, or begin anew with another out")
 
     @property
     def sampling(self) -> Sampling:
@@ -278,7 +285,8 @@ def assemble(ground: Ground) -> Parts:
     scorer = Scorer(backbone, method.views, teachers.weights, run.optim.token_budget, run.rollout.temperature,
                     external.backbone if external else None)
     cursor = Cursor(ground.dataset.train, seed=run.seed)
-    return Parts(ground, backbone, engine, teachers, optimizer, scorer, cursor, external)
+    base = None if run.optim.lora is None else digest(model, trained=False)
+    return Parts(ground, backbone, engine, teachers, optimizer, scorer, cursor, external, base)
 
 
 def requests(ground: Ground, problems: Sequence[Problem], step: int) -> list[Request]:
