@@ -14,7 +14,17 @@ from own import make_home, recipe_of
 from selftaught.assemble import lay_ground, make_batch
 from selftaught.data import DataConfig, Renderer
 from selftaught.errors import UserError
-from selftaught.privilege import PrivilegeConfig, block, check, control, describe, for_problems, longest, similarity
+from selftaught.privilege import (
+    PrivilegeConfig,
+    block,
+    check,
+    control,
+    describe,
+    for_problems,
+    longest,
+    pieces,
+    similarity,
+)
 from selftaught.records import Privilege, Problem, Prompt, Rollout, Sampling, Verdict
 from selftaught.run import make_run
 from test_privilege import PROBLEMS, SHOTS, TOKENIZER, decoded, group, made, renderer, scores, texts
@@ -240,6 +250,15 @@ def test_other_parts_stand_beside_each_demonstration():
 def test_two_that_are_the_same_once_cut_count_once():
     rollouts, verdicts = group(PROBLEMS[0], ["w", "one two three four", "one two three five"]), scores(0.0, 1.0, 1.0)
     assert [len(all_texts(p)) for p in made(config(count=2, max_tokens=3), rollouts, verdicts)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["wrong", "other_problem", "empty"])
+def test_the_resolved_form_of_a_composition_becomes_its_control_by_its_kind_alone(kind: str):
+    whole = parts("answer", {"kind": "hint", "template": "({privilege})"})
+    changed = PrivilegeConfig(**{**whole.model_dump(), "kind": kind})
+    assert changed.parts == whole.parts and pieces(changed) == ((), whole.parts)[kind != "empty"]
+    assert PrivilegeConfig(**changed.model_dump()) == changed
+    assert PrivilegeConfig(**{**changed.model_dump(), "kind": "parts"}).parts == whole.parts
 
 
 def test_controls_draw_k_others():

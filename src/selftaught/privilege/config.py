@@ -104,12 +104,16 @@ class PrivilegeConfig(Evidence):
     @model_validator(mode="before")
     @classmethod
     def _parts_name_the_kind(cls, value: Any) -> Any:
-        """`{parts: [answer, hint]}` is short for {kind: parts, parts: [{kind: answer}, {kind: hint}]}."""
+        """`{parts: [answer, hint]}` is short for {kind: parts, parts: [{kind: answer}, {kind: hint}]}.
+
+        A control with parts is of them: `of` may be left out, or at its default, as a resolved recipe has it.
+        """
         if not isinstance(value, Mapping) or not isinstance(value.get("parts"), list | tuple) or not value["parts"]:
             return value
         parts = [{"kind": part} if isinstance(part, str) else part for part in value["parts"]]
-        named = {"of": "parts"} if value.get("kind") in ("wrong", "other_problem") else {"kind": "parts"}
-        return {**named, **value, "parts": parts}
+        if value.get("kind") in ("wrong", "other_problem") and value.get("of", "answer") == "answer":
+            return {**value, "of": "parts", "parts": parts}
+        return {"kind": "parts", **value, "parts": parts}
 
     @model_validator(mode="after")
     def _consistent(self) -> PrivilegeConfig:
