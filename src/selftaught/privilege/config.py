@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from selftaught.errors import UserError, nearest
-from selftaught.records import Problem, Section
+from selftaught.records import Problem, Section, lookup
 
 Base = Literal["answer", "solution", "hint", "demonstration", "parts"]
 PartKind = Literal["answer", "solution", "hint", "demonstration", "feedback"]
@@ -242,17 +242,7 @@ def _normal(text: str | None) -> str:
 
 def _hint(part: Part, problem: Problem) -> str | None:
     for name in HINT_COLUMNS if part.column is None else (part.column,):
-        value = _reach(problem.columns, name)
+        value = lookup(problem.columns, name)
         if value not in (None, "", [], {}):
             return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return None
-
-
-def _reach(columns: Mapping[str, Any], path: str) -> Any:
-    """The value of a column; dots reach into dictionaries, as in `data.columns`."""
-    if path in columns:
-        return columns[path]
-    value: Any = columns
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
