@@ -48,6 +48,7 @@ class Ground:
     renderer: Renderer
     rewarder: Rewarder | None
     rows: int | None = None  # of the vocabulary that student and external teacher share; None: all of the student's
+    room: int | None = None  # tokens that a privileged prompt may have at most; None: no limit
 
     @property
     def privileged(self) -> bool:
@@ -137,7 +138,7 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     if run.reward is not None:
         reward.check(run.reward, problems, functions)
         rewarder = Rewarder(run.reward, functions)
-    return Ground(run, checked(method), tokenizer, dataset, renderer, rewarder, rows)
+    return Ground(run, checked(method), tokenizer, dataset, renderer, rewarder, rows, room_of(run))
 
 
 def check_vocabulary(run: Run, method: Method) -> None:
@@ -176,7 +177,7 @@ def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset
     that rollouts will make counts at its longest.
     """
     problems = [*dataset.train, *dataset.heldout]
-    limit = getattr(load_config(run.model).get_text_config(), "max_position_embeddings", None)
+    limit = context_of(run.model)
     written = run.rollout.max_completion_length
     longest = {"prompt": max(len(renderer.prompt(problem).token_ids) for problem in problems)}
     shorten = {"prompt": "set data.max_prompt_length with data.on_overflow=drop",
@@ -205,13 +206,29 @@ def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset
         views = run.method.build().views.values()
         if all(view.context == "plain" for view in views if view.weights == "external"):
             longest.pop("privileged prompt", None)
-        limit = getattr(load_config(run.teacher.model).get_text_config(), "max_position_embeddings", None)
+        limit = context_of(run.teacher.model)
         written = max(written, evaluated) if run.eval.controls and dataset.heldout else written
         what, size = max(longest.items(), key=lambda each: each[1])
         if limit is not None and size + written > limit:
             raise UserError(f"teacher.model = {run.teacher.model!r}: its context has {limit} tokens, and the longest "
                             f"{what} ({size}) with one response ({written}) needs {size + written}; shorten the "
                             f"response, or {shorten[what]}")
+
+
+def context_of(model: str) -> int | None:
+    """The tokens that a model's context holds, where its config says so."""
+    return getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
+
+
+def room_of(run: Run) -> int:
+    """The tokens that a privileged prompt may have beside the longest response, in every model that reads it.
+
+    Before a run the longest prompt is checked; but what a verifier will say, nobody knows.
+    """
+    readers = {view.weights == "external" for view in run.method.build().views.values() if view.context == "privileged"}
+    names = [run.teacher.model if external and run.teacher else run.model for external in readers]
+    limits = [limit for name in names if (limit := context_of(name)) is not None]
+    return min([run.optim.token_budget, *limits]) - run.rollout.max_completion_length
 
 
 def device_of(run: Run) -> str:
@@ -326,7 +343,7 @@ def privileges_of(ground: Ground, rollouts: Sequence[Rollout], verdicts: Sequenc
     if run.privilege is None or not ground.privileged:
         return [None] * len(rollouts)
     return privilege.build(run.privilege, rollouts, verdicts, ground.dataset.train, ground.renderer,
-                           seed=run.seed, step=step)
+                           seed=run.seed, step=step, room=ground.room)
 
 
 def make_batch(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], privileges: Sequence[Privilege | None],
