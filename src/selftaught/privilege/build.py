@@ -104,8 +104,8 @@ def longest(
     """
     parts = pieces(config)
     made = [config.kind not in CONTROLS and part.kind in ("demonstration", "feedback") for part in parts]
-    drawn = None if written is None or config.kind not in ("wrong", "other_problem") else _longest_others(
-        config, pool, renderer)
+    draws = written is not None and config.kind in ("wrong", "other_problem")
+    drawn = _longest_others(config, pool, renderer) if draws else None
     if written is None or not (any(made) or drawn):
         shown_as = control(config, "right") if written is None else config
         given = for_problems(shown_as, problems, pool, renderer, seed=seed, step=0)

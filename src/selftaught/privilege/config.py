@@ -87,7 +87,9 @@ class PrivilegeConfig(Evidence):
     max_tokens: int | None = Field(
         None, ge=1, description="tokens of evidence, without the marker; earlier parts are kept first; empty: no limit"
     )
-    max_prompt_length: int | None = Field(None, ge=1, description="tokens of the privileged prompt; empty: no limit")
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="tokens of the privileged prompt; empty: what the context leaves"
+    )
     on_overflow: Literal["error", "drop", "trim"] = Field(
         "trim", description="evidence over a limit: stop, go without a privilege, or cut its end and mark the cut"
     )
