@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
-from own import METHOD, cli, command, forked, lines, make_home, write_recipe
+from own import METHOD, cli, command, forked, lines, make_home, recipe_of, write_recipe
 from selftaught import assemble
+from selftaught.errors import UserError
 from selftaught.optim import checkpoints
+from selftaught.run import load_run
 
 SOURCES = Path(__file__).resolve().parent.parent / "src"
 Break = Callable[[Path], None]
@@ -113,6 +115,27 @@ def test_a_live_teacher_that_is_shown_nothing_is_refused(home: Path, method: Any
 
 
 @pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("method", ["opsd", "sdpo", "rlsd", "sdpg", "sdft", "demopsd"])
+@pytest.mark.parametrize("kind", ["answer", "empty"])
+def test_a_privilege_that_no_view_is_shown_is_refused(home: Path, method: str, kind: str) -> None:
+    blind = {"name": method, "teacher": {"weights": "initial", "context": "plain"}}
+    said = refused("train", write_recipe(home, "blind.yaml", method=blind, privilege={"kind": kind}))
+    assert f"method {method!r} learns from a privilege, but none of its views is shown one" in said
+    assert "set method.teacher.context=privileged" in said
+
+
+@pytest.mark.parametrize("own", [None, False, True])
+def test_a_live_teacher_that_only_thinks_is_not_the_student_unless_the_student_does(home: Path, own: Any) -> None:
+    recipe = recipe_of(home, method={"name": "opsd", "teacher": {"weights": "live"}}, data={"thinking": own},
+                       privilege={"kind": "empty", "thinking": True})
+    if own:
+        with pytest.raises(UserError, match="the live model without a privilege"):
+            load_run(recipe)
+    else:
+        load_run(recipe)
+
+
+@pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("needs", "privilege", "message"),
     [
@@ -125,7 +148,8 @@ def test_a_live_teacher_that_is_shown_nothing_is_refused(home: Path, method: Any
 )  # fmt: skip
 def test_a_method_says_which_privilege_it_cannot_do_without(home: Path, needs: str, privilege: Any,
                                                             message: str) -> None:
-    plain = METHOD.replace('"privilege"', f'"{needs}"', 1).replace('View("live", "privileged")', 'View("initial")')
+    seen = 'View("initial", "privileged")' if privilege else 'View("initial")'
+    plain = METHOD.replace('"privilege"', f'"{needs}"', 1).replace('View("live", "privileged")', seen)
     (home / "needs.py").write_text(plain)
     path = write_recipe(home, "needs.yaml", method={"name": f"{home / 'needs.py'}:Mine"}, privilege=privilege)
     assert message in refused("train", path)

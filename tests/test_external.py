@@ -499,6 +499,17 @@ def test_a_teacher_whose_context_is_too_short_is_refused(home: Path) -> None:
     assert said.code == 2 and f"teacher.model = '{folder}': its context has 16 tokens" in said.err
 
 
+@pytest.mark.usefixtures("_no_model")
+@pytest.mark.parametrize("context", ["plain", "privileged"])
+def test_a_teachers_context_need_not_hold_a_privilege_that_it_never_sees(home: Path, context: str) -> None:
+    folder = save_teacher(home / "enough", WORDS, max_position_embeddings=128)
+    said = cli("train", "--dry-run", write_recipe(home, "enough.yaml", **recipe(
+        home, "enough", teacher=str(folder), method={"name": "dopd", "teacher": {"weights": "external",
+                                                                                 "context": context}},
+        privilege={"kind": "answer", "template": "The answer, a whole number, is {privilege}. " + "Look! " * 40})))
+    assert ("its context has 128 tokens" in said.err) == (said.code == 2) == (context == "privileged"), said.err
+
+
 def test_a_teacher_may_be_given_by_its_name_alone_or_by_its_fields(home: Path) -> None:
     short = load_run(recipe(home, "short"))
     assert short == load_run(recipe(home, "short", teacher={"model": str(home / "teacher")}))

@@ -314,6 +314,16 @@ def test_a_killed_run_goes_on_with_the_same_bits_and_saves_nothing_but_adapters(
     assert refused.code == 2 and "optim.lora.rank = 4" in refused.err and "begun with 3" in refused.err
 
 
+def test_an_adapter_does_not_go_on_over_another_base(home: Path) -> None:
+    base = save_tiny(home / "moved", initializer_range=0.2)
+    path = write_recipe(home, "moved.yaml", **sections(home, "moved", model=str(base)))
+    assert cli("train", path).code == 0
+    assert cli("train", path, "--resume").code == 0
+    save_tiny(base, initializer_range=0.2, seed=1)
+    told = cli("train", path, "--resume")
+    assert told.code == 2 and f"model = '{base}': its weights are not those" in told.err and "another out" in told.err
+
+
 def the_card_s_model(final: Path) -> Any:
     """What the code in the model card makes of the folder."""
     code = re.findall(r"^```python\n(.*?)^```", (final / "README.md").read_text(), re.M | re.S)[0]
@@ -430,6 +440,22 @@ def test_a_folder_that_is_no_adapter_of_its_base_is_refused(saved: Path) -> None
         check_model(edited(saved, peft_type="IA3"))
     with pytest.raises(UserError, match="names no base model; merge the adapter"):
         check_model(edited(saved, base_model_name_or_path=None))
+
+
+def test_an_adapter_is_refused_as_a_model_to_train_before_a_weight_is_read_and_evaluated_all_the_same(
+    home: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    path = write_recipe(home, "adapter.yaml", model=str(saved), out=str(home / "runs" / "adapter"))
+    with monkeypatch.context() as patch:
+        patch.setattr("selftaught.assemble.load_model", never)
+        for command in (("train", path), ("train", "--dry-run", path), ("doctor", path)):
+            told = cli(*command)
+            assert told.code == 2 and "is an adapter, which can be evaluated but not trained on" in told.err, told
+    told = cli("eval", saved, path)
+    assert told.code == 0, told.err
 
 
 def test_a_lost_base_is_named_with_the_adapter_that_needs_it(saved: Path) -> None:

@@ -176,6 +176,17 @@ def test_nothing_is_left_when_every_view_is_the_student(name: str) -> None:
     assert outcome(name, (batch, logits), **floor)[1].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["opd", "gkd"])
+@pytest.mark.parametrize("context", ["plain", "privileged"])
+def test_rollouts_without_a_privilege_are_taught_by_an_external_teacher_only_where_it_sees_none(name: str,
+                                                                                                context: str) -> None:
+    batch, logits = make_case()
+    batch = replace(batch, privileged=torch.tensor([True, False, True, False, True, True]))
+    out = objective(name, batch, logits, teacher={"weights": "external", "context": context})
+    with_one = batch.privileged[batch.sequence_ids]
+    assert out.credit["counted"].equal(with_one if context == "privileged" else torch.ones_like(with_one))
+
+
 @SEEDS
 def test_opds_expected_gradient_is_that_of_kl_of_student_to_teacher(seed: int) -> None:
     torch.manual_seed(seed)

@@ -5,16 +5,28 @@ from __future__ import annotations
 import difflib
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from own import make_home, recipe_of
-from selftaught.assemble import lay_ground, make_batch
+from selftaught.assemble import lay_ground, make_batch, privileges_of
 from selftaught.data import DataConfig, Renderer
 from selftaught.errors import UserError
-from selftaught.privilege import PrivilegeConfig, block, check, control, describe, for_problems, longest, similarity
+from selftaught.privilege import (
+    PrivilegeConfig,
+    block,
+    build,
+    check,
+    control,
+    describe,
+    for_problems,
+    longest,
+    pieces,
+    similarity,
+)
 from selftaught.records import Privilege, Problem, Prompt, Rollout, Sampling, Verdict
 from selftaught.run import make_run
 from test_privilege import PROBLEMS, SHOTS, TOKENIZER, decoded, group, made, renderer, scores, texts
@@ -242,6 +254,15 @@ def test_two_that_are_the_same_once_cut_count_once():
     assert [len(all_texts(p)) for p in made(config(count=2, max_tokens=3), rollouts, verdicts)] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("kind", ["wrong", "other_problem", "empty"])
+def test_the_resolved_form_of_a_composition_becomes_its_control_by_its_kind_alone(kind: str):
+    whole = parts("answer", {"kind": "hint", "template": "({privilege})"})
+    changed = PrivilegeConfig(**{**whole.model_dump(), "kind": kind})
+    assert changed.parts == whole.parts and pieces(changed) == ((), whole.parts)[kind != "empty"]
+    assert PrivilegeConfig(**changed.model_dump()) == changed
+    assert PrivilegeConfig(**{**changed.model_dump(), "kind": "parts"}).parts == whole.parts
+
+
 def test_controls_draw_k_others():
     wrong = PrivilegeConfig(kind="wrong", of="demonstration", count=3)
     [p] = made(wrong, group(PROBLEMS[0], ["x"]), scores(0.0))
@@ -267,6 +288,54 @@ def test_the_longest_prompt_counts_what_rollouts_will_write():
     assert longest(parts("feedback"), PROBLEMS, PROBLEMS, renderer(), seed=0, written=None) == max(
         len(p.prompt.token_ids) for p in made(PrivilegeConfig(), [r for q in PROBLEMS for r in group(q, ["x"])],
                                               scores(*[0.0] * 12)))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["wrong", "other_problem"])
+@pytest.mark.parametrize("fields", [
+    {"of": "demonstration", "count": 4, "combine": "together"}, {"of": "demonstration", "count": 4}, {"of": "solution"},
+    {"parts": ["answer", "demonstration"], "count": 3, "combine": "together"}, {"of": "solution", "max_tokens": 3},
+], ids=str)  # fmt: skip
+def test_the_longest_prompt_of_a_control_is_that_of_whom_it_may_draw(kind: str, fields: dict[str, Any]):
+    problems = [replace(p, solution="work " * i + str(i)) for i, p in enumerate(PROBLEMS)]
+    one = PrivilegeConfig(kind=kind, **fields)
+    found = [p for step in range(12) for p in for_problems(one, problems[:6], problems, renderer(), seed=0, step=step)]
+    drawn = max(len(each.prompt.token_ids) for p in found if p is not None for each in (p, *p.others))
+    bound = longest(one, problems[:6], problems, renderer(), seed=0, written=1)
+    assert drawn <= bound <= drawn + 12
+
+
+def test_an_empty_control_is_measured_as_it_is():
+    plain = max(len(renderer().prompt(problem).token_ids) for problem in PROBLEMS)
+    assert longest(PrivilegeConfig(kind="empty"), PROBLEMS, PROBLEMS, renderer(), seed=0, written=1) == plain
+
+
+def test_evidence_is_cut_to_the_room_that_the_context_leaves():
+    rollouts, verdicts = group(PROBLEMS[0], ["x"]), [Verdict(0.0, feedback="again and again " * 50)]
+    for fields, room, fits in (({}, None, False), ({}, 90, True), ({"max_prompt_length": 80}, 90, True),
+                               ({"max_prompt_length": 120}, 90, True)):  # fmt: skip
+        one = PrivilegeConfig(kind="feedback", **fields)
+        [privilege] = build(one, rollouts, verdicts, PROBLEMS, renderer(), seed=0, step=0, room=room)
+        assert privilege is not None
+        most = min(fields.get("max_prompt_length", 90), room or 90)
+        assert (most - 3 <= len(privilege.prompt.token_ids) <= most) == fits == (privilege.cut > 0)
+    drop = PrivilegeConfig(kind="feedback", on_overflow="drop")
+    assert build(drop, rollouts, verdicts, PROBLEMS, renderer(), seed=0, step=0, room=90) == [None]
+    stop = PrivilegeConfig(kind="feedback", on_overflow="error")
+    with pytest.raises(UserError, match=r"the limit is 90; the context and optim\.token_budget leave no more beside a"):
+        build(stop, rollouts, verdicts, PROBLEMS, renderer(), seed=0, step=0, room=90)
+
+
+def test_feedback_of_any_length_stays_within_the_models_context(tmp_path: Path):
+    home = make_home(tmp_path)
+    recipe = recipe_of(home, method={"name": "opsd"}, privilege={"kind": "feedback"},
+                       optim={"token_budget": 4000}, rollout={"max_completion_length": 10})  # fmt: skip
+    ground = lay_ground(make_run(recipe), lambda line: None)
+    assert ground.rewarder is not None
+    ground.rewarder.close()
+    rollouts = group(ground.dataset.train[0], ["x"])
+    [privilege] = privileges_of(ground, rollouts, [Verdict(0.0, feedback="quite wrong, " * 400)], 0)
+    assert privilege is not None and privilege.cut > 0
+    assert 480 < len(privilege.prompt.token_ids) <= 512 - 10
 
 
 def test_a_batch_holds_the_prompts_of_every_teacher():

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import statistics
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from own import METHOD, cli, lines, make_home, recipe_of, without_clocks, write_
 from selftaught.assemble import probe, shuffled
 from selftaught.errors import UserError
 from selftaught.measure import rollout_metrics
+from selftaught.methods import batch_credit
 from selftaught.optim import Checkpoints
 from selftaught.records import Batch, Problem, Prompt, Rollout, Sampling, Verdict
 from selftaught.rollout import TransformersEngine
@@ -380,6 +382,31 @@ def test_what_was_done_before_a_refused_step_is_saved_and_gone_on_with(home: Pat
     whole = trained(home, "unrefused", **sections)
     assert [without_clocks(row) for row in metrics(again)] == [without_clocks(row) for row in metrics(whole)]
     assert largest_gap(final(again), final(whole)) == 0.0
+
+
+@pytest.mark.parametrize("update", [0, 1])
+def test_a_step_that_is_refused_after_its_first_update_is_not_saved_as_the_one_before(
+    home: Path, monkeypatch: pytest.MonkeyPatch, update: int
+) -> None:
+    calls: list[int] = []
+
+    def broken(method: Any, batch: Any, *rest: Any, **named: Any) -> Any:
+        calls.append(batch.step)
+        if calls.count(1) == update + 1:
+            raise UserError("method 'mine': its credit")
+        return batch_credit(method, batch, *rest, **named)
+
+    sections: dict[str, Any] = {"optim": {"steps": 2, "minibatches": 2}, "checkpoint": {"every": 100},
+                                "eval": {"best": None}}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["selftaught.train"], "batch_credit", broken)
+        with pytest.raises(UserError, match="its credit"):
+            trained(home, f"half-{update}", **sections)
+    saved = Checkpoints(home / "runs" / f"half-{update}" / "checkpoints", 9).steps()
+    assert saved == ([] if update else [1])
+    again = selftaught.train(recipe_of(home, out=str(home / "runs" / f"half-{update}"), **sections), resume=True,
+                             console=Console(quiet=True))
+    assert largest_gap(final(again), final(trained(home, f"unbroken-{update}", **sections))) == 0.0
 
 
 def test_truncated_sampling_trains_where_it_is_allowed_and_says_what_is_not_checked(home: Path) -> None:

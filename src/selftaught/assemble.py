@@ -48,6 +48,7 @@ class Ground:
     renderer: Renderer
     rewarder: Rewarder | None
     rows: int | None = None  # of the vocabulary that student and external teacher share; None: all of the student's
+    room: int | None = None  # tokens that a privileged prompt may have at most; None: no limit
 
     @property
     def privileged(self) -> bool:
@@ -73,7 +74,7 @@ class External:
 
 @dataclass(frozen=True)
 class Parts:
-    """The live parts of a run."""
+    """The live parts of a run; `base` is the digest of the weights under an adapter, None where none is trained."""
 
     ground: Ground
     backbone: Backbone
@@ -83,17 +84,31 @@ class Parts:
     scorer: Scorer
     cursor: Cursor
     external: External | None = None
+    base: str | None = None
+
+    def refuse_change(self, base: str | None) -> None:
+        """Raise UserError where a run's adapter began over other weights."""
+        if base != self.base:
+            raise UserError(f"model = {self.ground.run.model!r}: its weights are not those that this run's adapter "
+                            "began with; put them back, or begin anew with another out")
 
     @property
     def sampling(self) -> Sampling:
         return self.ground.run.rollout.sampling()
 
 
-def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] | None = None) -> Ground:
-    """Check and load everything but the weights. Raises UserError with the remedy for whatever cannot work."""
+def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] | None = None, *,
+               trains: bool = True) -> Ground:
+    """Check and load everything but the weights. Raises UserError with the remedy for whatever cannot work.
+
+    An adapter's folder can be evaluated (`trains` False), but not trained on.
+    """
     method = run.method.build()
     device_of(run)
     check_model(run.model)
+    if trains and (base := base_name(run.model)) != run.model:
+        raise UserError(f"model: {run.model!r} is an adapter, which can be evaluated but not trained on; train a new "
+                        f"one on its base (model: {base}, with optim.lora), or merge it into its base and train that")
     check_vocabulary(run, method)
     if run.optim.lora is not None:
         require_peft("optim.lora")
@@ -123,7 +138,7 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     if run.reward is not None:
         reward.check(run.reward, problems, functions)
         rewarder = Rewarder(run.reward, functions)
-    return Ground(run, checked(method), tokenizer, dataset, renderer, rewarder, rows)
+    return Ground(run, checked(method), tokenizer, dataset, renderer, rewarder, rows, room_of(run))
 
 
 def check_vocabulary(run: Run, method: Method) -> None:
@@ -162,7 +177,7 @@ def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset
     that rollouts will make counts at its longest.
     """
     problems = [*dataset.train, *dataset.heldout]
-    limit = getattr(load_config(run.model).get_text_config(), "max_position_embeddings", None)
+    limit = context_of(run.model)
     written = run.rollout.max_completion_length
     longest = {"prompt": max(len(renderer.prompt(problem).token_ids) for problem in problems)}
     shorten = {"prompt": "set data.max_prompt_length with data.on_overflow=drop",
@@ -188,13 +203,32 @@ def check_context(run: Run, tokenizer: Any, renderer: Renderer, dataset: Dataset
             raise UserError(f"eval.max_completion_length = {evaluated}: with the longest {what} of {size} tokens it is "
                             f"over the model's context of {limit}; lower it to {limit - size}, or {shorten[what]}")
     if run.teacher is not None:
-        limit = getattr(load_config(run.teacher.model).get_text_config(), "max_position_embeddings", None)
+        views = run.method.build().views.values()
+        if all(view.context == "plain" for view in views if view.weights == "external"):
+            longest.pop("privileged prompt", None)
+        limit = context_of(run.teacher.model)
         written = max(written, evaluated) if run.eval.controls and dataset.heldout else written
         what, size = max(longest.items(), key=lambda each: each[1])
         if limit is not None and size + written > limit:
             raise UserError(f"teacher.model = {run.teacher.model!r}: its context has {limit} tokens, and the longest "
                             f"{what} ({size}) with one response ({written}) needs {size + written}; shorten the "
                             f"response, or {shorten[what]}")
+
+
+def context_of(model: str) -> int | None:
+    """The tokens that a model's context holds, where its config says so."""
+    return getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
+
+
+def room_of(run: Run) -> int:
+    """The tokens that a privileged prompt may have beside the longest response, in every model that reads it.
+
+    Before a run the longest prompt is checked; but what a verifier will say, nobody knows.
+    """
+    readers = {view.weights == "external" for view in run.method.build().views.values() if view.context == "privileged"}
+    names = [run.teacher.model if external and run.teacher else run.model for external in readers]
+    limits = [limit for name in names if (limit := context_of(name)) is not None]
+    return min([run.optim.token_budget, *limits]) - run.rollout.max_completion_length
 
 
 def device_of(run: Run) -> str:
@@ -254,11 +288,8 @@ def _probed(ground: Ground, model: Any, layout: str) -> tuple[Backbone, Engine]:
 
 
 def assemble(ground: Ground) -> Parts:
-    """Load the weights and put the parts together. Raises UserError where what would be trained is an adapter."""
+    """Load the weights and put the parts together."""
     run, method = ground.run, ground.method
-    if (base := base_name(run.model)) != run.model:
-        raise UserError(f"model: {run.model!r} is an adapter, which can be evaluated but not trained on; train a new "
-                        f"one on its base (model: {base}, with optim.lora), or merge it into its base and train that")
     backbone, engine = load_engine(ground)
     model = backbone.model
     if run.optim.lora is None:
@@ -271,7 +302,8 @@ def assemble(ground: Ground) -> Parts:
     scorer = Scorer(backbone, method.views, teachers.weights, run.optim.token_budget, run.rollout.temperature,
                     external.backbone if external else None)
     cursor = Cursor(ground.dataset.train, seed=run.seed)
-    return Parts(ground, backbone, engine, teachers, optimizer, scorer, cursor, external)
+    base = None if run.optim.lora is None else digest(model, trained=False)
+    return Parts(ground, backbone, engine, teachers, optimizer, scorer, cursor, external, base)
 
 
 def requests(ground: Ground, problems: Sequence[Problem], step: int) -> list[Request]:
@@ -311,7 +343,7 @@ def privileges_of(ground: Ground, rollouts: Sequence[Rollout], verdicts: Sequenc
     if run.privilege is None or not ground.privileged:
         return [None] * len(rollouts)
     return privilege.build(run.privilege, rollouts, verdicts, ground.dataset.train, ground.renderer,
-                           seed=run.seed, step=step)
+                           seed=run.seed, step=step, room=ground.room)
 
 
 def make_batch(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], privileges: Sequence[Privilege | None],

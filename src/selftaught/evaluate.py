@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selftaught import data, privilege
-from selftaught.assemble import External, Ground, Say, lay_ground, load_engine, sample_and_verify
+from selftaught.assemble import External, Ground, Say, context_of, lay_ground, load_engine, sample_and_verify
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, read_rows, rows_of, select, summarise
 from selftaught.records import Problem, Prompt, Request, Sampling
@@ -79,9 +79,11 @@ def evaluate_controls(ground: Ground, engine: Engine, folder: RunFolder, step: i
         if step == 0:
             arms["teacher/plain"] = [(problem, ground.renderer.prompt(problem)) for problem in problems]
     if config is not None and step == 0:
+        limit = context_of(asks.name if asks else ground.run.model)
+        room = None if limit is None else limit - sampling_of(ground).max_completion_length
         for kind in TEACHER_ARMS:
             given = privilege.for_problems(privilege.control(config, kind), problems, ground.dataset.train,
-                                           ground.renderer, seed=ground.run.seed, step=EVALUATION)
+                                           ground.renderer, seed=ground.run.seed, step=EVALUATION, room=room)
             arms[f"teacher/{kind}"] = [(p, c.prompt) for p, c in zip(problems, given, strict=True) if c is not None]
     for arm, asked in arms.items():
         whose = asks if arm.startswith("teacher/") else None
@@ -160,7 +162,8 @@ def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say
     stem = Path(recipe).stem
     out = folder / "evals" / stem if of_run else Path(run.out).parent / "evals" / f"{folder.name}-{stem}"
     target = RunFolder(run.out if any(o.startswith("out=") for o in overrides) else _unused(out))
-    ground = lay_ground(run.model_copy(update={"teacher": None}), say)  # who taught it need not be there any more
+    # Who taught it need not be there any more.
+    ground = lay_ground(run.model_copy(update={"teacher": None}), say, trains=False)
     try:
         if not ground.dataset.heldout:
             raise UserError("data.heldout = 0: there is nothing to evaluate on; set it above 0")

@@ -1,4 +1,4 @@
-"""Frozen records that flow through the stages. No behaviour lives here.
+"""Frozen records that flow through the stages. No behaviour lives here, but how a recipe names a column.
 
 A record is made by one stage and read by later ones; stages know records and never one another.
 Token ids are plain tuples of int until `score` packs them, so that a record can be saved and compared.
@@ -50,6 +50,18 @@ class Problem:
     answer: str | None = None
     solution: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+def lookup(columns: Mapping[str, Any], path: str) -> Any:
+    """The value of column `path`; dots reach into dictionaries. None where there is none."""
+    if path in columns:
+        return columns[path]
+    value: Any = columns
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return value
 
 
 @dataclass(frozen=True)

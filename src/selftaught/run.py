@@ -91,7 +91,7 @@ class Run(Section):
         if privileged and self.privilege is None:
             raise UserError(f"method {method.name!r}: its {privileged[0]} sees a privilege, but the recipe has none; "
                             "add for example `privilege: {kind: answer}`")
-        _refuse_null_teacher(method, self.privilege)
+        _refuse_null_teacher(method, self.privilege, self.data.thinking)
         _refuse_other_privilege(method, self.privilege)
         if "reward" in method.needs and self.reward is None:
             raise UserError(f"method {method.name!r} needs a reward, but the recipe has none; add `reward: NAME`")
@@ -137,9 +137,9 @@ def _refuse_batches(run: Run, method: Method) -> None:
                         f"{', '.join(map(str, fit))}")
 
 
-def _refuse_null_teacher(method: Method, privilege: PrivilegeConfig | None) -> None:
+def _refuse_null_teacher(method: Method, privilege: PrivilegeConfig | None, thinking: bool | None) -> None:
     """Raise UserError for a view that is the student itself: its terms would be zero, and look as if they taught."""
-    unseen = privilege is not None and privilege.kind == "empty"
+    unseen = privilege is not None and privilege.kind == "empty" and privilege.thinking in (None, thinking)
     for name, view in method.views.items():
         if view.weights != "live" or (view.context == "privileged" and not unseen):
             continue
@@ -152,11 +152,15 @@ def _refuse_null_teacher(method: Method, privilege: PrivilegeConfig | None) -> N
 
 
 def _refuse_other_privilege(method: Method, privilege: PrivilegeConfig | None) -> None:
-    """Raise UserError for a privilege of another kind than the method says it needs."""
+    """Raise UserError for a privilege of another kind than the method says it needs, or that none of its views sees."""
     kinds = sorted(method.needs & {"answer", "solution", "feedback"})
-    if privilege is None and (kinds or "privilege" in method.needs):
+    needed = bool(kinds) or "privilege" in method.needs
+    if privilege is None and needed:
         raise UserError(f"method {method.name!r} needs a privilege, but the recipe has none; add for example "
                         f"`privilege: {{kind: {kinds[0] if kinds else 'answer'}}}`")
+    if needed and all(view.context == "plain" for view in method.views.values()):
+        raise UserError(f"method {method.name!r} learns from a privilege, but none of its views is shown one; set "
+                        f"method.{next(iter(method.views), 'teacher')}.context=privileged")
     given = {part.kind for part in pieces(privilege)} if privilege is not None else set(kinds)
     if privilege is not None and privilege.kind != "empty" and kinds and not given & {*kinds}:
         raise UserError(f"privilege.kind = {privilege.kind!r}: method {method.name!r} needs {' or '.join(kinds)}; set "

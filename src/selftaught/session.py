@@ -121,6 +121,7 @@ class Session:
         external = self.parts.external
         if external is not None:
             external.refuse_change(state.get("external"))
+        self.parts.refuse_change(state.get("base"))
         model = self.parts.backbone.model
         own = dict(model.named_parameters())
         with torch.no_grad():
@@ -155,7 +156,7 @@ class Session:
         best = self.better or self.best
         state = {"optimizer": parts.optimizer.state(), "teachers": parts.teachers.state(),
                  "cursor": parts.cursor.state(), "health": self.health.state(), "best": best, "seconds": self.seconds,
-                 "external": parts.external.digest if parts.external else None}
+                 "external": parts.external.digest if parts.external else None, "base": parts.base}
         self.checkpoints.protect(None if best is None else best[0])
         if self.checkpoints.save(self.done, tensors, state) is not None:
             self.saved, self.best = self.done, best

@@ -93,12 +93,13 @@ def loop(session: Session, interrupts: Interrupts) -> None:
     if session.done == 0 and session.saved is None:
         session.record(session.evaluate())
     while session.done < run.optim.steps and interrupts.caught is None:
-        cursor = copy(session.parts.cursor)
+        cursor, updates = copy(session.parts.cursor), session.parts.optimizer.updates
         try:
             metrics = step(session)
-        except UserError:  # of a step that updated nothing: what was done before it is kept
-            session.parts = replace(session.parts, cursor=cursor)
-            session.save()
+        except UserError:
+            if session.parts.optimizer.updates == updates:  # it changed nothing: what was done before it is kept
+                session.parts = replace(session.parts, cursor=cursor)
+                session.save()
             raise
         session.done += 1
         if (run.eval.every and session.done % run.eval.every == 0) or session.done == run.optim.steps:

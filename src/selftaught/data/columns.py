@@ -11,7 +11,7 @@ from typing import Any
 
 from selftaught.data.files import Row
 from selftaught.errors import UserError, nearest
-from selftaught.records import Message, Problem
+from selftaught.records import Message, Problem, lookup
 
 # In order of preference; the names that TRL, verl, gsm8k and others use.
 CANDIDATES: Mapping[str, tuple[str, ...]] = {
@@ -62,18 +62,6 @@ def infer(source: str, rows: Sequence[Row], asked: Mapping[str, str]) -> dict[st
     if "answer" not in mapping and "solution" in mapping:
         mapping["answer"] = mapping["solution"]  # as in TRL, whose `solution` holds what the reward compares to
     return mapping
-
-
-def lookup(row: Mapping[str, Any], path: str) -> Any:
-    """The value of column `path`; dots reach into dictionaries. None where there is none."""
-    if path in row:
-        return row[path]
-    value: Any = row
-    for key in path.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            return None
-        value = value[key]
-    return value
 
 
 def _filled(rows: Sequence[Row], path: str) -> bool:

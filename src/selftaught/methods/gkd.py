@@ -51,7 +51,8 @@ class GKD:
             raise ValueError(f"weight = {self.weight}: must be between 0 and 1; at the ends choose a kl by its name")
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
-        return base_credit(batch)
+        seen = any(view.context == "privileged" for view in self.views.values())
+        return base_credit(batch, needs_privilege=seen)
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         teacher, own = views["teacher"].at(self.temperature), student.at(self.temperature)

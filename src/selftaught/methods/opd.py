@@ -48,7 +48,8 @@ class OPD:
         require(self, coef="(0, inf)")
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
-        credit, teacher = base_credit(batch), logp["teacher"]
+        seen = any(view.context == "privileged" for view in self.views.values())
+        credit, teacher = base_credit(batch, needs_privilege=seen), logp["teacher"]
         gap = difference(teacher, credit.get("logp_old", logp["student"]))
         banned = teacher.isinf() & logp["student"].isinf()  # by both, whatever it was when it was sampled
         return {**credit, "gap": torch.where(banned, torch.zeros_like(gap), gap)}

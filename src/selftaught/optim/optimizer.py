@@ -40,6 +40,7 @@ class Optimizer:
     def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig) -> None:
         self.config = config
         self.skipped = 0
+        self.updates = 0  # by this object, skipped ones too: not part of its state
         self._parameters: dict[str, Parameter] = {}
         seen: set[int] = set()
         for name, parameter in named_parameters:
@@ -71,6 +72,7 @@ class Optimizer:
         `skipped_total`. Where the norm is not finite nothing is changed: no weight, no moment, no count.
         Gradients are left for `zero_grad`.
         """
+        self.updates += 1
         for name, master in self._masters():
             _move_grad(self._parameters[name], master)  # written into .grad by hand, without a backward pass
         grads = [p.grad for p in self._updated.values() if p.grad is not None]

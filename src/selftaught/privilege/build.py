@@ -39,10 +39,12 @@ def build(
     *,
     seed: int,
     step: int,
+    room: int | None = None,
 ) -> list[Privilege | None]:
     """The privilege of each rollout; None: it has none and is left out of the teacher's terms.
 
-    `problems` is what the controls draw from. Rollouts with the same context share one Privilege object, so that
+    `problems` is what the controls draw from; `room` the tokens that the context leaves for a prompt, a limit as
+    `max_prompt_length` is. Rollouts with the same context share one Privilege object, so that
     its prompt is computed once. Randomness is keyed by (seed, step, problem.id), never by the place in the batch.
     """
     groups: dict[str, list[int]] = {}
@@ -62,7 +64,7 @@ def build(
                 texts = [[verdicts[index].feedback or ""] for index in members]
             for index, own in zip(members, texts, strict=True):
                 found[index].append(own)
-    carrier = _Carrier(config, renderer)
+    carrier = _Carrier(config, renderer, room)
     return [carrier.carry(rollout.problem, texts) for rollout, texts in zip(rollouts, found, strict=True)]
 
 
@@ -74,6 +76,7 @@ def for_problems(
     *,
     seed: int,
     step: int,
+    room: int | None = None,
 ) -> list[Privilege | None]:
     """The privilege of each problem without rollouts, for evaluation; `pool` is what the controls draw from.
 
@@ -81,7 +84,7 @@ def for_problems(
     """
     if config.kind not in CONTROLS and any(part.kind == "feedback" for part in pieces(config)):
         raise ValueError("feedback belongs to a rollout; for problems alone use control(config, 'right')")
-    carrier = _Carrier(config, renderer)
+    carrier = _Carrier(config, renderer, room)
     return [carrier.carry(one, _own(config, one, pool, _key(seed, step, one.id))) for one in problems]
 
 
@@ -96,17 +99,21 @@ def longest(
 ) -> int:
     """Tokens of the longest privileged prompt of these problems; 0 where none has a privilege.
 
-    Evidence that rollouts will make counts `written` tokens each; with None, as evaluation asks, there is none.
+    Evidence that rollouts will make counts `written` tokens each; with None, as evaluation asks, there is none. A
+    control that draws others counts the longest that it may draw.
     """
     parts = pieces(config)
     made = [config.kind not in CONTROLS and part.kind in ("demonstration", "feedback") for part in parts]
-    if written is None or not any(made):
-        given = for_problems(control(config, "right"), problems, pool, renderer, seed=seed, step=0)
+    draws = written is not None and config.kind in ("wrong", "other_problem")
+    drawn = _longest_others(config, pool, renderer) if draws else None
+    if written is None or not (any(made) or drawn):
+        shown_as = control(config, "right") if written is None else config
+        given = for_problems(shown_as, problems, pool, renderer, seed=seed, step=0)
         return max((len(one.prompt.token_ids) for one in given if one is not None), default=0)
     carrier, size = _Carrier(config, renderer), 0
     times = config.count if config.combine == "together" else 1
     for problem in problems:
-        found = _own(config, problem, pool, "")
+        found = drawn or _own(config, problem, pool, "")
         shown = tuple((number, text) for number, texts in enumerate(found)
                       for text in (["1"] * (times if parts[number].kind == "demonstration" else 1)
                                    if made[number] else texts) if text)  # fmt: skip
@@ -161,6 +168,15 @@ def _own(config: PrivilegeConfig, problem: Problem, pool: Sequence[Problem], key
     ]  # fmt: skip
 
 
+def _longest_others(config: PrivilegeConfig, pool: Sequence[Problem], renderer: Renderer) -> Found:
+    """By part, the longest texts that one prompt of a control may carry, whomever it draws."""
+    return [
+        sorted({text for other in pool if (text := evidence(part, other))}, key=lambda text: -renderer.cut(text, 0)[1])
+        [: config.count if part.kind == "demonstration" and config.combine == "together" else 1]
+        for part in pieces(config)
+    ]  # fmt: skip
+
+
 def _others(config: PrivilegeConfig, problem: Problem, pool: Sequence[Problem], key: str) -> Iterator[Problem]:
     """The problems that a control draws: `count` of them with different evidence, or as many as there are."""
     start = random.Random(key).randrange(len(pool)) if pool else 0
@@ -179,8 +195,8 @@ def _others(config: PrivilegeConfig, problem: Problem, pool: Sequence[Problem], 
 class _Carrier:
     """Puts evidence into prompts; equal contexts give the same object."""
 
-    def __init__(self, config: PrivilegeConfig, renderer: Renderer) -> None:
-        self._config, self._parts = config, pieces(config)
+    def __init__(self, config: PrivilegeConfig, renderer: Renderer, room: int | None = None) -> None:
+        self._config, self._parts, self._room = config, pieces(config), room
         self._renderer = renderer
         self._made: dict[tuple[str, tuple[Shown, ...]], Privilege | None] = {}
         self._shot_cut = 0
@@ -228,7 +244,7 @@ class _Carrier:
             return None
         shown, cut = fitted
         prompt = self.prompt(problem, shown)
-        limit = self._config.max_prompt_length
+        limit = min((n for n in (self._config.max_prompt_length, self._room) if n is not None), default=None)
         if limit is not None and len(prompt.token_ids) > limit:
             self._refuse("max_prompt_length", limit, len(prompt.token_ids), problem)
             shortened = self._within_prompt(problem, whole, limit) if self._config.on_overflow == "trim" else None
@@ -280,8 +296,11 @@ class _Carrier:
 
     def _refuse(self, field: str, limit: int, length: int, problem: Problem) -> None:
         if self._config.on_overflow == "error":
+            remedy = "raise it, or "
+            if field == "max_prompt_length" and limit == self._room:
+                remedy = "the context and optim.token_budget leave no more beside a response; "
             raise UserError(
-                f"privilege.{field}: problem {problem.id} needs {length} tokens, the limit is {limit}; raise it, or "
+                f"privilege.{field}: problem {problem.id} needs {length} tokens, the limit is {limit}; {remedy}"
                 "set privilege.on_overflow to 'trim' or 'drop'"
             )
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from selftaught.errors import UserError, nearest
-from selftaught.records import Problem, Section
+from selftaught.records import Problem, Section, lookup
 
 Base = Literal["answer", "solution", "hint", "demonstration", "parts"]
 PartKind = Literal["answer", "solution", "hint", "demonstration", "feedback"]
@@ -87,7 +87,9 @@ class PrivilegeConfig(Evidence):
     max_tokens: int | None = Field(
         None, ge=1, description="tokens of evidence, without the marker; earlier parts are kept first; empty: no limit"
     )
-    max_prompt_length: int | None = Field(None, ge=1, description="tokens of the privileged prompt; empty: no limit")
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="tokens of the privileged prompt; empty: what the context leaves"
+    )
     on_overflow: Literal["error", "drop", "trim"] = Field(
         "trim", description="evidence over a limit: stop, go without a privilege, or cut its end and mark the cut"
     )
@@ -104,12 +106,16 @@ class PrivilegeConfig(Evidence):
     @model_validator(mode="before")
     @classmethod
     def _parts_name_the_kind(cls, value: Any) -> Any:
-        """`{parts: [answer, hint]}` is short for {kind: parts, parts: [{kind: answer}, {kind: hint}]}."""
+        """`{parts: [answer, hint]}` is short for {kind: parts, parts: [{kind: answer}, {kind: hint}]}.
+
+        A control with parts is of them: `of` may be left out, or at its default, as a resolved recipe has it.
+        """
         if not isinstance(value, Mapping) or not isinstance(value.get("parts"), list | tuple) or not value["parts"]:
             return value
         parts = [{"kind": part} if isinstance(part, str) else part for part in value["parts"]]
-        named = {"of": "parts"} if value.get("kind") in ("wrong", "other_problem") else {"kind": "parts"}
-        return {**named, **value, "parts": parts}
+        if value.get("kind") in ("wrong", "other_problem") and value.get("of", "answer") == "answer":
+            return {**value, "of": "parts", "parts": parts}
+        return {"kind": "parts", **value, "parts": parts}
 
     @model_validator(mode="after")
     def _consistent(self) -> PrivilegeConfig:
@@ -238,17 +244,7 @@ def _normal(text: str | None) -> str:
 
 def _hint(part: Part, problem: Problem) -> str | None:
     for name in HINT_COLUMNS if part.column is None else (part.column,):
-        value = _reach(problem.columns, name)
+        value = lookup(problem.columns, name)
         if value not in (None, "", [], {}):
             return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return None
-
-
-def _reach(columns: Mapping[str, Any], path: str) -> Any:
-    """The value of a column; dots reach into dictionaries, as in `data.columns`."""
-    if path in columns:
-        return columns[path]
-    value: Any = columns
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
