@@ -75,7 +75,8 @@ class Several:
             each.append(self.method.credit(seen, self._of(k, logp)))
         share = has_NK / has_NK.sum(1, keepdim=True)
         mean = {name: (share * torch.stack([one[name] for one in each], 1).masked_fill(~has_NK, 0)).sum(1)
-                for name in sorted(each[0].keys() - {"counted", "logp_old"})}
+                for name, value in sorted(each[0].items())
+                if name not in ("counted", "logp_old") and value.dtype != torch.int64}  # of a label there is no mean
         kept = {name: each[0][name] for name in ("counted", "logp_old") if name in each[0]}
         return {**kept, **mean, **has, **{f"{k}.{n}": v for k, one in enumerate(each) for n, v in one.items()}}
 
