@@ -21,8 +21,8 @@ from own import METHOD, cli, lines, make_home, recipe_of, write_recipe
 from selftaught import methods
 from selftaught.errors import UserError
 from selftaught.loss import chunked_loss
-from selftaught.methods import base as methods_base
 from selftaught.methods import Several, batch_credit, build, checked, names
+from selftaught.methods import base as methods_base
 from selftaught.records import TokenBatch
 from selftaught.vocabulary import Head, sampled_log_probs
 

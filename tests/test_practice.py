@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,8 +34,10 @@ from selftaught.optim import Optimizer
 from selftaught.records import Batch, Problem, Prompt, Rollout, Sampling, Verdict
 from selftaught.rollout import TransformersEngine
 from selftaught.run import load_run, make_run
+from selftaught.score import Scorer
 from selftaught.session import Session
 from selftaught.train import Finished
+from tiny import save_tiny
 
 STEPS = 3
 REWARDS = """\
@@ -482,6 +485,43 @@ def test_scores_of_views_are_of_before_the_first_update_and_the_students_own_are
     assert all(gap.abs().max() > 1e-4 for _, gap in seen[1:])
     whole = torch.cat([seen[0][0].tokens.tokens, seen[1][0].tokens.tokens])
     assert whole.equal(batch.tokens.tokens) and seen[2][0].tokens.tokens.equal(seen[0][0].tokens.tokens)
+
+
+@pytest.mark.parametrize(("name", "updates", "passes"), [
+    # Scores for credit, and the student's pass of each update: no view is run again for a loss that does not read it.
+    ("opd", 1, {"student": 2, "teacher": 1}), ("opd", 3, {"student": 4, "teacher": 1}),
+    ("rlsd", 1, {"student": 2, "teacher": 1}), ("rlsd", 3, {"student": 4, "teacher": 1}),
+    ("gspo", 3, {"student": 6}),  # whose credit reads the student's ratios anew before each later update
+    ("opsd", 1, {"student": 1, "teacher": 1}),  # a loss that reads it
+])  # fmt: skip
+def test_nothing_is_scored_twice_in_a_step(home: Path, monkeypatch: pytest.MonkeyPatch, name: str, updates: int,
+                                           passes: dict[str, int]) -> None:
+    from selftaught.assemble import privileges_of
+    from selftaught.batches import optimiser_batches
+
+    other = {"teacher": str(save_tiny(home / "other", seed=1))} if name == "opd" else {}
+    run = make_run(recipe_of(home, data={"heldout": 0}, eval={"best": None}, method={"name": name}, **other,
+                             optim={"updates_per_batch": updates}))  # fmt: skip
+    ground = lay_ground(run, lambda text: None)
+    parts: Parts = assemble(ground)
+    assert ground.rewarder is not None
+    ground.rewarder.close()
+    rollouts = parts.engine.sample(requests(ground, parts.cursor.next(2), 0), 4, parts.sampling)
+    verdicts = [Verdict(float(i % 2)) for i in range(8)]
+    batch = make_batch(rollouts, verdicts, privileges_of(ground, rollouts, verdicts, 0), 0)
+    runs: dict[str, int] = {}
+    original = Scorer._run
+
+    def counted(self: Scorer, batch: Batch, micro: Any, view: str, *rest: Any) -> Tensor:
+        runs[view] = runs.get(view, 0) + 1
+        return original(self, batch, micro, view, *rest)
+
+    monkeypatch.setattr(Scorer, "_run", counted)
+    session: Any = SimpleNamespace(parts=parts, done=0, clock=lambda stage, since: 0.0)
+    train = importlib.import_module("selftaught.train")
+    norms = [train.update(session, part, logp)["grad_norm"] for part, logp in optimiser_batches(parts, batch)]
+    assert len(norms) == updates and norms[0] > 0
+    assert runs == passes
 
 
 def made_batch(sizes: Sequence[int], groups: Sequence[str]) -> Batch:

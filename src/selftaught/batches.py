@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from selftaught.assemble import Parts, requests, sample_and_verify, shuffled
 from selftaught.measure import live_groups, refuse_gap, sampler_gap
 from selftaught.records import Batch, Rollout, Verdict
+from selftaught.tensors import Lazy
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,13 @@ def _problems(rollouts: Sequence[Rollout]) -> list[str]:
     return list(dict.fromkeys(rollout.problem.id for rollout in rollouts))
 
 
-def optimiser_batches(parts: Parts, batch: Batch) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+def optimiser_batches(parts: Parts, batch: Batch) -> Iterator[tuple[Batch, Mapping[str, Tensor]]]:
     """Each optimiser batch of a rollout batch, and the log-probs that the method's credit needs of it.
 
     One is the batch itself. Of several, all have `logp_old`, from a pass before the first update, in which views are
     scored too: what credit says of a rollout is what the policy that wrote it was taught. The student's own scores
-    are taken anew before every later update, as ratios of whole rollouts need them (arXiv 2507.18071).
+    are taken anew before every later update where credit asks for them, as ratios of whole rollouts do (arXiv
+    2507.18071).
 
     Raises:
         UserError: the sampler is not the scorer's distribution (of several: here, before the first update).
@@ -96,7 +99,13 @@ def optimiser_batches(parts: Parts, batch: Batch) -> Iterator[tuple[Batch, dict[
     for update in range(run.optim.updates_per_batch * len(batches)):
         part, rows = batches[update % len(batches)]
         known = {name: value[rows] for name, value in logp.items()}
-        yield part, known | (scorer.sampled(own, part) if update else {})
+        yield part, _anew(known, own, cache(partial(scorer.sampled, own, part))) if update else known
+
+
+def _anew(known: Mapping[str, Tensor], own: frozenset[str], score: Callable[[], Mapping[str, Tensor]]) -> Lazy:
+    """`known`, with the student's `own` scores from `score` when somebody asks for one."""
+    return Lazy({name: (lambda name=name: score()[name]) if name in own else partial(known.__getitem__, name)
+                 for name in known})
 
 
 def cut(batch: Batch, count: int) -> Iterator[tuple[Batch, Tensor]]:
