@@ -36,21 +36,21 @@ class Drawn:
 def draw(parts: Parts, step: int) -> Drawn:
     """The step's rollouts and verdicts: prompts_per_step groups, of the problems that are next.
 
-    With `rollout.filter_groups`, as many problems again are drawn until so many groups are live, for at most
-    `max_resample` further rounds, and never a problem twice (arXiv 2503.14476 eq. 11). The first prompts_per_step live
-    groups are used; more are dropped, and not carried over, so that every rollout is of the weights that it trains.
-    Where no group is live the first draw is used as it is.
+    With `rollout.filter_groups`, as many problems again are drawn until so many groups are live (by their scores, or
+    by right and wrong, as in arXiv 2503.14476 eq. 11), for at most `max_resample` further rounds, and never a problem
+    twice. The first prompts_per_step live groups are used; more are dropped, and not carried over, so that every
+    rollout is of the weights that it trains. Where no group is live the first draw is used as it is.
     """
     config, wanted = parts.ground.run.rollout, parts.ground.run.rollout.prompts_per_step
     rollouts, verdicts = _round(parts, step, wanted, 0, ())
     if not config.filter_groups:
         return Drawn(tuple(rollouts), tuple(verdicts), (True,) * len(rollouts), {})
     first = ids = _problems(rollouts)
-    live, rounds = live_groups(rollouts, verdicts), 0
+    live, rounds = live_groups(rollouts, verdicts, config.filter_groups), 0
     while len(live) < wanted and rounds < config.max_resample and len(ids) < len(parts.cursor):
         rounds += 1
         more = _round(parts, step, min(wanted, len(parts.cursor) - len(ids)), rounds, ids)
-        live += live_groups(*more)
+        live += live_groups(*more, config.filter_groups)
         rollouts, verdicts, ids = rollouts + more[0], verdicts + more[1], ids + _problems(more[0])
     kept = live[:wanted]
     used = set(kept or first)
@@ -104,8 +104,10 @@ def optimiser_batches(parts: Parts, batch: Batch) -> Iterator[tuple[Batch, Mappi
 
 def _anew(known: Mapping[str, Tensor], own: frozenset[str], score: Callable[[], Mapping[str, Tensor]]) -> Lazy:
     """`known`, with the student's `own` scores from `score` when somebody asks for one."""
-    return Lazy({name: (lambda name=name: score()[name]) if name in own else partial(known.__getitem__, name)
-                 for name in known})
+    def scored(name: str) -> Tensor:
+        return score()[name]
+
+    return Lazy({name: partial(scored if name in own else known.__getitem__, name) for name in known})
 
 
 def cut(batch: Batch, count: int) -> Iterator[tuple[Batch, Tensor]]:

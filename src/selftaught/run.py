@@ -124,11 +124,12 @@ class Run(Section):
 def _refuse_batches(run: Run, method: Method) -> None:
     """Raise UserError for groups to be filtered by what they do not have, and for optimiser batches of no group."""
     rollout, optim = run.rollout, run.optim
+    filtered = f"rollout.filter_groups = {str(rollout.filter_groups).lower()}"
     if rollout.filter_groups and not method.needs & {"reward", "group"}:
-        raise UserError(f"rollout.filter_groups = true: method {method.name!r} uses no reward, so no group is dead to "
+        raise UserError(f"{filtered}: method {method.name!r} uses no reward, so no group is dead to "
                         "it; set rollout.filter_groups=false")
     if rollout.filter_groups and rollout.num_generations < 2:
-        raise UserError(f"rollout.filter_groups = true: groups of rollout.num_generations = {rollout.num_generations} "
+        raise UserError(f"{filtered}: groups of rollout.num_generations = {rollout.num_generations} "
                         "are all dead; raise it to at least 2 or set rollout.filter_groups=false")
     if rollout.prompts_per_step % optim.minibatches:
         fit = [n for n in range(1, rollout.prompts_per_step + 1) if rollout.prompts_per_step % n == 0]
