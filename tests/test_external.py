@@ -339,6 +339,10 @@ def test_the_rows_of_a_padded_student_are_neither_sampled_nor_trained(home: Path
     assert after["lm_head.weight"][WORDS:].equal(before["lm_head.weight"][WORDS:])
     assert not after["lm_head.weight"][:WORDS].equal(before["lm_head.weight"][:WORDS])
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in lines(run.folder / "metrics.jsonl")[1:])
+    decayed = trained(home, "padded-decayed", "gkd", model=str(padded), teacher=str(home / "narrow"),
+                      rollout={"stop": []}, optim={"steps": 1, "warmup_steps": 0, "weight_decay": 0.1})  # fmt: skip
+    cut = final(decayed.folder)["lm_head.weight"][WORDS:]
+    torch.testing.assert_close(cut, before["lm_head.weight"][WORDS:] * (1 - 1e-3 * 0.1))
     # 200 of 500 rows cut: the entropy of the sampler cannot reach that of all.
     assert all(row["entropy"] < torch.tensor(float(WORDS)).log() for row in lines(run.folder / "metrics.jsonl")[1:])
 
