@@ -23,9 +23,8 @@ from selftaught.chat import Chat, Failed
 from selftaught.data import read, to_problems
 from selftaught.errors import UserError
 from selftaught.eval.rows import mend_tail, parse
-from selftaught.records import Problem
+from selftaught.records import Problem, Say
 
-Say = Callable[[str], None]
 WRITE = """\
 You help a student with a problem whose solution you know. Write a hint: the steps into which the problem falls apart, \
 in order, one line each, and for each step what is to be found and which idea finds it.

@@ -17,7 +17,7 @@ from selftaught.loss import LossConfig
 from selftaught.methods import Method, build
 from selftaught.optim import CheckpointConfig, OptimConfig, check_views
 from selftaught.privilege import PrivilegeConfig, pieces
-from selftaught.records import Section
+from selftaught.records import Section, privileged_views
 from selftaught.report import ReportConfig
 from selftaught.reward import RewardConfig
 from selftaught.rollout import RolloutConfig
@@ -87,7 +87,7 @@ class Run(Section):
         method = self.method.build()
         check_views(method.views)
         _check_external(method, self.teacher)
-        privileged = [name for name, view in method.views.items() if view.context == "privileged"]
+        privileged = privileged_views(method.views)
         if privileged and self.privilege is None:
             raise UserError(f"method {method.name!r}: its {privileged[0]} sees a privilege, but the recipe has none; "
                             "add for example `privilege: {kind: answer}`")

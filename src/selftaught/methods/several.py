@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selftaught.credit import broadcast
 from selftaught.methods.base import Method
-from selftaught.records import Credit, TokenBatch, TokenLoss, View
+from selftaught.records import Credit, TokenBatch, TokenLoss, View, privileged_views
 from selftaught.vocabulary import Mixture, TokenDist, log_mean_exp
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Several:
 
     @property
     def _privileged(self) -> set[str]:
-        return {name for name, view in self.method.views.items() if view.context == "privileged"}
+        return {*privileged_views(self.method.views)}
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         """The method's credit (of `average`: its mean over k, for metrics), that of each k, and which k are there."""
