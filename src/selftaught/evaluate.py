@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selftaught import data, privilege
-from selftaught.assemble import External, Ground, lay_ground, load_engine, sample_and_verify
+from selftaught.assemble import External, Ground, Say, lay_ground, load_engine, sample_and_verify
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, read_rows, rows_of, select, summarise
-from selftaught.records import Problem, Prompt, Request, Sampling, Say
+from selftaught.records import Problem, Prompt, Request, Sampling
 from selftaught.report import RunFolder
 from selftaught.rollout import Engine
 from selftaught.run import load_run
