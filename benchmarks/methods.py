@@ -30,14 +30,17 @@ import step as one_step
 HERE = Path(__file__).resolve().parent
 EVERY = 3  # methods between two runs of grpo
 DEMONSTRATED = ("sdpo", "demopsd")
-EXTERNAL = ("opd", "gkd", "dopd")
 
 
 def recipe(method: str, model: str, prompts: str, new_tokens: int) -> dict[str, Any]:
     """The step benchmark's setting with `method`, and what it needs."""
+    from selftaught.methods import build
+
     run = one_step.recipe(model, prompts, one_step.GENERATIONS, 10, "unused")
     kind = {"kind": "demonstration", "threshold": 0.0} if method in DEMONSTRATED else {"kind": "answer"}
-    run |= {"method": method, "privilege": kind} | ({"teacher": model} if method in EXTERNAL else {})
+    run |= {"method": method, "privilege": kind}
+    if any(view.weights == "external" for view in build(method).views.values()):
+        run["teacher"] = model
     run["rollout"]["max_completion_length"] = new_tokens
     if method == "dr_grpo":
         run["loss"] = {"reduction": "constant", "length": new_tokens}

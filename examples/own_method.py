@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from selftaught.credit import base_credit, broadcast, group_advantage
-from selftaught.loss import clipped_surrogate
+from selftaught.loss import clipped_loss
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.tensors import segment_mean
 from selftaught.vocabulary import TokenDist
@@ -47,5 +47,4 @@ class EntropyGRPO:
         return {**credit, "advantage": broadcast(group_advantage(batch), batch) * weight, "weight": weight}
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
-        return TokenLoss(clipped_surrogate(student.at_sampled, credit.get("logp_old"), credit["advantage"],
-                                           eps_low=0.2, eps_high=0.2))
+        return clipped_loss(student.at_sampled, credit.get("logp_old"), credit["advantage"], eps_low=0.2, eps_high=0.2)

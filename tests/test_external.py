@@ -162,7 +162,10 @@ def test_equal_external_views_are_run_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Scorer, "_run", lambda self, *a: runs.append(a[2]) or right(self, *a))
     batch = batch_of(student, WORDS)
     hidden = scorer.hidden(batch, next(scorer.split(batch)))
-    assert runs == ["student", "teacher", "shown"] and hidden["reference"] is hidden["teacher"]
+    assert runs == []  # until somebody asks
+    assert hidden["reference"] is hidden["teacher"] and {*hidden} == {"student", *views} and len(runs) == 1
+    dict(hidden)
+    assert sorted(runs) == ["shown", "student", "teacher"]
     assert hidden["teacher"].shape[1] == 48 and hidden["student"].shape[1] == 32
 
 
@@ -336,6 +339,10 @@ def test_the_rows_of_a_padded_student_are_neither_sampled_nor_trained(home: Path
     assert after["lm_head.weight"][WORDS:].equal(before["lm_head.weight"][WORDS:])
     assert not after["lm_head.weight"][:WORDS].equal(before["lm_head.weight"][:WORDS])
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in lines(run.folder / "metrics.jsonl")[1:])
+    decayed = trained(home, "padded-decayed", "gkd", model=str(padded), teacher=str(home / "narrow"),
+                      rollout={"stop": []}, optim={"steps": 1, "warmup_steps": 0, "weight_decay": 0.1})  # fmt: skip
+    cut = final(decayed.folder)["lm_head.weight"][WORDS:]
+    torch.testing.assert_close(cut, before["lm_head.weight"][WORDS:] * (1 - 1e-3 * 0.1))
     # 200 of 500 rows cut: the entropy of the sampler cannot reach that of all.
     assert all(row["entropy"] < torch.tensor(float(WORDS)).log() for row in lines(run.folder / "metrics.jsonl")[1:])
 

@@ -284,6 +284,14 @@ def refused(said: Said, *parts: str) -> None:
     assert said.err.count("\n") == 1 and all(part in said.err for part in parts), said.err
 
 
+def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(stand: Stand, source: Path) -> None:
+    notes = source.with_name("hints.jsonl")
+    notes.write_text("my notes\nand their last line, not ended")
+    with pytest.raises(UserError, match=r"--out: line 1 of .*hints.jsonl is no JSON object"):
+        run(stand, source)
+    assert notes.read_text() == "my notes\nand their last line, not ended"
+
+
 def test_an_endpoint_that_is_not_there_is_refused_at_once(stand: Stand, source: Path) -> None:
     stand.server.shutdown()
     stand.server.server_close()

@@ -15,7 +15,7 @@ from torch.distributions import Categorical, kl_divergence
 from selftaught.loss import (
     chunked_loss,
     clipped_kl,
-    clipped_surrogate,
+    clipped_loss,
     importance_ratio,
     kl,
     masked,
@@ -99,10 +99,10 @@ def test_clipped_kl_caps_each_summand_from_above_alone() -> None:
         (1.3, 0.0, 0.0, 0.0),
     ],
 )
-def test_clipped_surrogate_with_dual_clip_by_hand(rho: float, advantage: float, loss: float, slope: float) -> None:
+def test_the_clipped_surrogate_with_dual_clip_by_hand(rho: float, advantage: float, loss: float, slope: float) -> None:
     logp = torch.tensor([math.log(rho) - 1.5], dtype=torch.float64, requires_grad=True)
-    out = clipped_surrogate(logp, torch.tensor([-1.5]).double(), torch.tensor([advantage]).double(), eps_low=0.2,
-                            eps_high=0.28, dual_clip=3.0)
+    out = clipped_loss(logp, torch.tensor([-1.5]).double(), torch.tensor([advantage]).double(), eps_low=0.2,
+                       eps_high=0.28, dual_clip=3.0).loss
     out.backward()
     assert logp.grad is not None
     assert (out.item(), logp.grad.item()) == pytest.approx((loss, slope), rel=1e-12)
@@ -122,7 +122,7 @@ def test_clipped_surrogate_with_dual_clip_by_hand(rho: float, advantage: float, 
 def test_each_bound_of_the_surrogate_may_be_absent(options: Mapping[str, Any], losses: list[float]) -> None:
     rho = torch.tensor([0.5, 1.5, 4.0] * 2, dtype=torch.float64)
     advantage = torch.tensor([1.0] * 3 + [-1.0] * 3, dtype=torch.float64)
-    assert clipped_surrogate(rho.log(), torch.zeros(6), advantage, **options).tolist() == pytest.approx(losses)
+    assert clipped_loss(rho.log(), torch.zeros(6), advantage, **options).loss.tolist() == pytest.approx(losses)
 
 
 def test_without_old_log_probs_the_ratio_is_1_with_the_gradient_of_logp() -> None:
@@ -135,7 +135,7 @@ def test_without_old_log_probs_the_ratio_is_1_with_the_gradient_of_logp() -> Non
 def test_the_expected_gradient_over_tokens_of_another_policy_is_that_of_the_expected_advantage() -> None:
     """By enumeration: E_{y ~ old}[rho A] is E_{y ~ student}[A], whatever the old policy was."""
     logits, old, advantage = normal(6).requires_grad_(), normal(6).log_softmax(-1), normal(6)
-    loss = clipped_surrogate(logits.log_softmax(-1), old, advantage, eps_low=None, eps_high=None)
+    loss = clipped_loss(logits.log_softmax(-1), old, advantage, eps_low=None, eps_high=None).loss
     (got,) = torch.autograd.grad((old.exp() * loss).sum(), logits)
     (wanted,) = torch.autograd.grad(-(logits.softmax(-1) * advantage).sum(), logits)
     torch.testing.assert_close(got, wanted)

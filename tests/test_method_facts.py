@@ -22,7 +22,7 @@ import selftaught
 from own import make_home, recipe_of
 from selftaught.credit import routes, trapezoid
 from selftaught.errors import UserError
-from selftaught.loss import barycenter, clipped_surrogate, js, kl, mixture, reference_penalty, with_tail
+from selftaught.loss import barycenter, clipped_loss, js, kl, mixture, reference_penalty, with_tail
 from selftaught.methods import build, method_fields, names, objective
 from selftaught.methods.base import method_class
 from selftaught.records import TokenBatch
@@ -484,7 +484,7 @@ def test_sdpo_and_demopsd_cap_the_detached_ratio() -> None:
         plain = objective(name, on_policy, logits).token_loss
         assert close(objective(name, batch, logits, is_cap=1.2).token_loss, plain * rho.clamp(max=1.2))
         assert close(objective(name, batch, logits, is_cap=None).token_loss, plain * rho)
-    found = clipped_surrogate(logp, batch.logp_old, torch.ones_like(logp), **PLAIN)
+    found = clipped_loss(logp, batch.logp_old, torch.ones_like(logp), **PLAIN).loss
     assert close(found, -rho)
 
 

@@ -21,8 +21,8 @@ from own import METHOD, cli, lines, make_home, recipe_of, write_recipe
 from selftaught import methods
 from selftaught.errors import UserError
 from selftaught.loss import chunked_loss
+from selftaught.methods import Several, batch_credit, build, checked, names
 from selftaught.methods import base as methods_base
-from selftaught.methods import batch_credit, build, checked, names
 from selftaught.records import TokenBatch
 from selftaught.vocabulary import Head, sampled_log_probs
 
@@ -180,6 +180,37 @@ def test_a_broken_method_is_named_at_its_first_step(tmp_path: Path, case: str) -
     message = str(caught.value)
     assert message.startswith("method 'mine': its ") and "\n" not in message
     assert re.search(words, message) if isinstance(words, re.Pattern) else words in message
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_metrics_that_come_and_go_between_chunks_are_named_in_every_step(tmp_path: Path, step: int) -> None:
+    late = ("names = {'often': credit['weight']} if len(student.tokens) == 16 or student.tokens[0] == 0 else {}\n"
+            "        return TokenLoss(-student.at_sampled, names)")
+    method = checked(build(mine(tmp_path / "mine.py", LAST, late)))
+    if step == 2:
+        one_step(method, batch_of(tokens=torch.zeros(N, dtype=torch.int64)))  # a step whose chunks all have it
+    with pytest.raises(UserError, match="method 'mine': its loss returns metrics 'often' of one chunk and '' of ano"):
+        one_step(method, batch_of(tokens=torch.ones(N, dtype=torch.int64)))
+
+
+def test_metrics_may_change_from_batch_to_batch(tmp_path: Path) -> None:
+    late = ("return TokenLoss(-student.at_sampled, {'often': credit['weight']} if student.tokens[0] == 0 else {})")
+    method = checked(build(mine(tmp_path / "mine.py", LAST, late)))
+    for token in (1, 0, 1):
+        one_step(method, batch_of(tokens=torch.full((N,), token)))
+
+
+@pytest.mark.parametrize("combine", ["average", "mixture"])
+def test_a_broken_method_is_named_with_its_line_also_under_several_teachers(tmp_path: Path, combine: str) -> None:
+    method = build(mine(tmp_path / "mine.py", LAST, "return TokenLoss(1 / 0)"))
+    with pytest.raises(UserError, match=r"its loss raised ZeroDivisionError: division by zero \(.*mine.py, line \d+"):
+        one_step(checked(Several(method, 2, combine)), batch_of(privileges=torch.full((6,), 2)))  # type: ignore
+
+
+def test_a_shipped_method_under_several_teachers_is_not_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods_base.registry()["opsd"], "credit", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        one_step(checked(Several(build("opsd"), 2, "mixture")), batch_of(privileges=torch.full((6,), 2)))  # type: ignore
 
 
 def test_a_shipped_methods_error_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,13 +29,16 @@ from selftaught.batches import cut, pick
 from selftaught.data import Cursor
 from selftaught.errors import UserError
 from selftaught.loss import chunked_loss, clip_ratio
+from selftaught.measure import live_groups
 from selftaught.methods import batch_credit
 from selftaught.optim import Optimizer
 from selftaught.records import Batch, Problem, Prompt, Rollout, Sampling, Verdict
 from selftaught.rollout import TransformersEngine
 from selftaught.run import load_run, make_run
+from selftaught.score import Scorer
 from selftaught.session import Session
 from selftaught.train import Finished
+from tiny import save_tiny
 
 STEPS = 3
 REWARDS = """\
@@ -43,6 +47,9 @@ def varied(completions, **columns):
 
 def only_level_2(completions, level, **columns):
     return [len(set(text)) / 10 if one == 2 else 0.5 for text, one in zip(completions, level)]
+
+def all_right(completions, **columns):
+    return [1.0] * len(completions)
 
 def nobody(completions, **columns):
     return [0.5] * len(completions)
@@ -66,7 +73,8 @@ def trained(home: Path, name: str, reward: str = "varied", *, resume: bool = Fal
 
 
 def scored_by(home: Path, reward: str) -> dict[str, Any]:
-    return {"parts": [{"name": f"{home / 'rewards.py'}:{reward}"}], "workers": 1}
+    """The sum of these, as in "one+other"; right is what the first says."""
+    return {"parts": [{"name": f"{home / 'rewards.py'}:{name}"} for name in reward.split("+")], "workers": 1}
 
 
 def weights(run: Finished) -> dict[str, Tensor]:
@@ -184,6 +192,32 @@ def test_drawing_anew_stops_where_every_problem_was_drawn(home: Path) -> None:
     for row in metrics(run):
         assert row["filter/drawn"] == 5 == len({r["problem"] for r in rollouts_of(run, row["step"])})
         assert row["filter/rounds"] == 2
+
+
+@pytest.mark.parametrize(("by", "rounds", "kept"), [(True, 0, 2), ("right", 2, 0)])
+def test_right_rollouts_of_other_lengths_are_a_live_group_by_score_and_a_dead_one_by_right(
+    home: Path, by: Any, rounds: int, kept: int
+) -> None:
+    run = trained(home, f"by-{by}", "all_right+rank", optim={"steps": 1},
+                  rollout={"filter_groups": by, "max_resample": 2})  # fmt: skip
+    (row,) = metrics(run)
+    assert (row["filter/rounds"], row["filter/kept"]) == (rounds, kept)
+    assert row["reward/status/right"] == 1.0 and row["reward_std"] > 0
+
+
+def test_by_right_a_group_is_live_where_some_are_right_and_some_are_not() -> None:
+    def group(name: str, *verdicts: Verdict) -> list[tuple[Rollout, Verdict]]:
+        made = [Rollout(Problem(name, "?"), i, Prompt((1,)), (2,), (0.0,), "", "stop", Sampling(), 0, 0)
+                for i in range(len(verdicts))]
+        return list(zip(made, verdicts, strict=True))
+
+    right, wrong, unheard = Verdict(1.0, "right"), Verdict(0.0, "wrong"), Verdict(None, "unparsed")
+    pairs = [*group("both", right, wrong), *group("penalties", right, Verdict(0.4, "right")),
+             *group("shades", wrong, Verdict(0.3, "wrong")), *group("level", right, Verdict(1.0, "wrong")),
+             *group("no opinion", right, unheard), *group("cut off", right, Verdict(0.0, "timeout"))]
+    rollouts, verdicts = [r for r, _ in pairs], [v for _, v in pairs]
+    assert live_groups(rollouts, verdicts) == ["both", "penalties", "shades", "cut off"]
+    assert live_groups(rollouts, verdicts, by="right") == ["both", "level", "cut off"]
 
 
 def test_where_every_group_is_live_filtering_changes_nothing(home: Path) -> None:
@@ -484,6 +518,43 @@ def test_scores_of_views_are_of_before_the_first_update_and_the_students_own_are
     assert whole.equal(batch.tokens.tokens) and seen[2][0].tokens.tokens.equal(seen[0][0].tokens.tokens)
 
 
+@pytest.mark.parametrize(("name", "updates", "passes"), [
+    # Scores for credit, and the student's pass of each update: no view is run again for a loss that does not read it.
+    ("opd", 1, {"student": 2, "teacher": 1}), ("opd", 3, {"student": 4, "teacher": 1}),
+    ("rlsd", 1, {"student": 2, "teacher": 1}), ("rlsd", 3, {"student": 4, "teacher": 1}),
+    ("gspo", 3, {"student": 6}),  # whose credit reads the student's ratios anew before each later update
+    ("opsd", 1, {"student": 1, "teacher": 1}),  # a loss that reads it
+])  # fmt: skip
+def test_nothing_is_scored_twice_in_a_step(home: Path, monkeypatch: pytest.MonkeyPatch, name: str, updates: int,
+                                           passes: dict[str, int]) -> None:
+    from selftaught.assemble import privileges_of
+    from selftaught.batches import optimiser_batches
+
+    other = {"teacher": str(save_tiny(home / "other", seed=1))} if name == "opd" else {}
+    run = make_run(recipe_of(home, data={"heldout": 0}, eval={"best": None}, method={"name": name}, **other,
+                             optim={"updates_per_batch": updates}))  # fmt: skip
+    ground = lay_ground(run, lambda text: None)
+    parts: Parts = assemble(ground)
+    assert ground.rewarder is not None
+    ground.rewarder.close()
+    rollouts = parts.engine.sample(requests(ground, parts.cursor.next(2), 0), 4, parts.sampling)
+    verdicts = [Verdict(float(i % 2)) for i in range(8)]
+    batch = make_batch(rollouts, verdicts, privileges_of(ground, rollouts, verdicts, 0), 0)
+    runs: dict[str, int] = {}
+    original = Scorer._run
+
+    def counted(self: Scorer, batch: Batch, micro: Any, view: str, *rest: Any) -> Tensor:
+        runs[view] = runs.get(view, 0) + 1
+        return original(self, batch, micro, view, *rest)
+
+    monkeypatch.setattr(Scorer, "_run", counted)
+    session: Any = SimpleNamespace(parts=parts, done=0, clock=lambda stage, since: 0.0)
+    train = importlib.import_module("selftaught.train")
+    norms = [train.update(session, part, logp)["grad_norm"] for part, logp in optimiser_batches(parts, batch)]
+    assert len(norms) == updates and norms[0] > 0
+    assert runs == passes
+
+
 def made_batch(sizes: Sequence[int], groups: Sequence[str]) -> Batch:
     rollouts = [Rollout(Problem(name, "?"), i, Prompt((1, i)), tuple(range(10 * i, 10 * i + size)), (0.5 * i,) * size,
                         "", "stop", Sampling(), 0, 0) for i, (size, name) in enumerate(zip(sizes, groups, strict=True))]
@@ -583,6 +654,8 @@ def test_a_run_with_filtering_and_several_updates_resumes_exactly(home: Path, at
     ("overrides", "words"),
     [
         (["method=opsd", "rollout.filter_groups=true"], r"rollout\.filter_groups = true: method 'opsd' uses no reward"),
+        (["method=opsd", "rollout.filter_groups=right"], r"rollout\.filter_groups = right: method 'opsd' uses no"),
+        (["rollout.filter_groups=rigth"], r"rollout\.filter_groups = 'rigth': it should be False, True or 'right'"),
         (["method=sdpo", "rollout.filter_groups=true", "rollout.num_generations=1"], r"filter_groups=false"),
         (["optim.minibatches=3"], r"optim\.minibatches = 3: must divide rollout\.prompts_per_step = 8.*1, 2, 4, 8"),
         (["optim.minibatches=16"], r"optim\.minibatches = 16.*whole groups"),
@@ -608,7 +681,7 @@ def test_a_copy_of_the_cursor_is_unmoved_by_rounds_of_a_refused_step() -> None:
     ("name", "practice"),
     [
         ("grpo", {"reduction": "sequence_mean"}),
-        ("dapo", {"reduction": "token_mean", "filter_groups": True, "minibatches": 2}),
+        ("dapo", {"reduction": "token_mean", "filter_groups": "right", "minibatches": 2}),
         ("dr_grpo", {"reduction": "constant", "length": 16}),
         ("gspo", {"reduction": "sequence_mean", "updates_per_batch": 2}),
         ("cispo", {"reduction": "token_mean", "updates_per_batch": 2}),

@@ -145,7 +145,7 @@ def _facts() -> Iterator[Fact]:
     yield from say("dapo", "paper equations 7 and 13", reward__parts__0__weight=2.0, reward__parts__1__max_length=20480,
                    reward__parts__1__buffer=4096, reward__parts__1__weight=1.0)
     yield from say("dapo", "code: verl", data__max_prompt_length=2048, rollout__temperature=1.0,
-                   rollout__filter_groups=True, rollout__max_resample=10 * 3 - 1, optim__weight_decay=0.1,
+                   rollout__filter_groups="right", rollout__max_resample=10 * 3 - 1, optim__weight_decay=0.1,
                    optim__max_grad_norm=1.0, eval__every=5, loss__reduction="token_mean")
 
 

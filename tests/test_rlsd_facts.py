@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from selftaught.credit import evidence, evidence_weight, linear_decay
-from selftaught.loss import clipped_surrogate, kl
+from selftaught.loss import clipped_loss, kl
 from selftaught.methods import build, objective
 from selftaught.records import TokenBatch
 from tabular import close, distributions, gradient
@@ -122,7 +122,7 @@ def expected_gradient(logits: Tensor, advantage: Tensor) -> Tensor:
     student = logits.detach().log_softmax(-1)
 
     def loss(z: Tensor) -> Tensor:
-        per_token = clipped_surrogate(z.log_softmax(-1), None, advantage, eps_low=None, eps_high=None)
+        per_token = clipped_loss(z.log_softmax(-1), None, advantage, eps_low=None, eps_high=None).loss
         return (student.exp() * per_token).sum()
 
     return -gradient(loss, logits)

@@ -243,7 +243,7 @@ def scorer(model: Any, views: Mapping[str, View], weights: Mapping[str, Any], bu
     return Scorer(Backbone(model, layout), views, lambda name: weights.get(name), budget, temperature)
 
 
-def whole(of: Scorer, batch: Batch) -> Iterator[dict[str, Tensor]]:
+def whole(of: Scorer, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
     for micro in of.split(batch):
         yield of.hidden(batch, micro)
 
@@ -300,7 +300,7 @@ def test_equal_views_are_run_once_and_different_ones_apart(monkeypatch: pytest.M
     of, runs = scorer(model, views, given), []
     right = Scorer._run
     monkeypatch.setattr(Scorer, "_run", lambda self, *a: runs.append(a[2]) or right(self, *a))
-    hidden = next(whole(of, batch))
+    hidden = dict(next(whole(of, batch)))
     assert runs == ["student", "teacher", "reference", "average"]
     assert hidden["again"] is hidden["teacher"]
     torch.testing.assert_close(hidden["reference"], hidden["student"])

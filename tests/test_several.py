@@ -162,6 +162,15 @@ def test_the_order_of_demonstrations_changes_nothing(name: str, combine: str):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_the_mean_over_teachers_is_of_quantities_and_leaves_labels_out() -> None:
+    several = Several(method_of("dopd"), K, "average")
+    hidden, heads = states(several)
+    logp = {name: sampled_log_probs(hidden[name], heads[name], batch_of().tokens)[0] for name in hidden}
+    credit = several.credit(batch_of(), logp)
+    assert "route" not in credit  # each teacher's own stays, by its number
+    assert all(credit[f"{k}.route"].dtype == torch.int64 for k in range(K))
+
+
 def test_what_a_rollout_does_not_have_is_not_read():
     for name, combine in ((name, combine) for name in METHODS for combine in ("average", "mixture")):
         several = Several(method_of(name), K, combine)  # type: ignore[arg-type]

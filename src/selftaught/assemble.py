@@ -14,7 +14,18 @@ from selftaught.data import Cursor, Dataset, Renderer
 from selftaught.errors import UserError
 from selftaught.methods import Method, Several, checked
 from selftaught.optim import Optimizer, Teachers
-from selftaught.records import Batch, Privilege, Problem, Request, Rollout, Sampling, TokenBatch, Verdict
+from selftaught.records import (
+    Batch,
+    Privilege,
+    Problem,
+    Request,
+    Rollout,
+    Sampling,
+    Say,
+    TokenBatch,
+    Verdict,
+    privileged_views,
+)
 from selftaught.reward import Rewarder
 from selftaught.rollout import Engine, TransformersEngine
 from selftaught.run import Run
@@ -32,7 +43,6 @@ from selftaught.score.hub import (
     stop_token_ids,
 )
 
-Say = Callable[[str], None]
 PROBE = 2  # problems on which the layouts are compared before the first step
 PROBE_HEAD, PROBE_TAIL, PROBE_WRITTEN = 24, 40, 16  # tokens of each: enough for a shared prefix, bounded in memory
 
@@ -53,7 +63,7 @@ class Ground:
     @property
     def privileged(self) -> bool:
         """Does any view of the method see a privilege?"""
-        return any(view.context == "privileged" for view in self.method.views.values())
+        return bool(privileged_views(self.method.views))
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
             raise UserError(f"privilege.thinking = {str(run.privilege.thinking).lower()}: the prompt has no such "
                             "switch, because its template is a completion or knows no enable_thinking; remove it, or "
                             "use a model that has one")
-    privileged = any(view.context == "privileged" for view in method.views.values())
+    privileged = bool(privileged_views(method.views))
     if privileged and run.privilege is not None and run.privilege.teachers > 1:
         assert run.privilege.combine != "together"
         several = Several(method, run.privilege.teachers, run.privilege.combine)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from selftaught.assemble import Parts, requests, sample_and_verify, shuffled
 from selftaught.measure import live_groups, refuse_gap, sampler_gap
 from selftaught.records import Batch, Rollout, Verdict
+from selftaught.tensors import Lazy
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,21 @@ class Drawn:
 def draw(parts: Parts, step: int) -> Drawn:
     """The step's rollouts and verdicts: prompts_per_step groups, of the problems that are next.
 
-    With `rollout.filter_groups`, as many problems again are drawn until so many groups are live, for at most
-    `max_resample` further rounds, and never a problem twice (arXiv 2503.14476 eq. 11). The first prompts_per_step live
-    groups are used; more are dropped, and not carried over, so that every rollout is of the weights that it trains.
-    Where no group is live the first draw is used as it is.
+    With `rollout.filter_groups`, as many problems again are drawn until so many groups are live (by their scores, or
+    by right and wrong, as in arXiv 2503.14476 eq. 11), for at most `max_resample` further rounds, and never a problem
+    twice. The first prompts_per_step live groups are used; more are dropped, and not carried over, so that every
+    rollout is of the weights that it trains. Where no group is live the first draw is used as it is.
     """
     config, wanted = parts.ground.run.rollout, parts.ground.run.rollout.prompts_per_step
     rollouts, verdicts = _round(parts, step, wanted, 0, ())
     if not config.filter_groups:
         return Drawn(tuple(rollouts), tuple(verdicts), (True,) * len(rollouts), {})
     first = ids = _problems(rollouts)
-    live, rounds = live_groups(rollouts, verdicts), 0
+    live, rounds = live_groups(rollouts, verdicts, config.filter_groups), 0
     while len(live) < wanted and rounds < config.max_resample and len(ids) < len(parts.cursor):
         rounds += 1
         more = _round(parts, step, min(wanted, len(parts.cursor) - len(ids)), rounds, ids)
-        live += live_groups(*more)
+        live += live_groups(*more, config.filter_groups)
         rollouts, verdicts, ids = rollouts + more[0], verdicts + more[1], ids + _problems(more[0])
     kept = live[:wanted]
     used = set(kept or first)
@@ -73,12 +75,13 @@ def _problems(rollouts: Sequence[Rollout]) -> list[str]:
     return list(dict.fromkeys(rollout.problem.id for rollout in rollouts))
 
 
-def optimiser_batches(parts: Parts, batch: Batch) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+def optimiser_batches(parts: Parts, batch: Batch) -> Iterator[tuple[Batch, Mapping[str, Tensor]]]:
     """Each optimiser batch of a rollout batch, and the log-probs that the method's credit needs of it.
 
     One is the batch itself. Of several, all have `logp_old`, from a pass before the first update, in which views are
     scored too: what credit says of a rollout is what the policy that wrote it was taught. The student's own scores
-    are taken anew before every later update, as ratios of whole rollouts need them (arXiv 2507.18071).
+    are taken anew before every later update where credit asks for them, as ratios of whole rollouts do (arXiv
+    2507.18071).
 
     Raises:
         UserError: the sampler is not the scorer's distribution (of several: here, before the first update).
@@ -96,7 +99,15 @@ def optimiser_batches(parts: Parts, batch: Batch) -> Iterator[tuple[Batch, dict[
     for update in range(run.optim.updates_per_batch * len(batches)):
         part, rows = batches[update % len(batches)]
         known = {name: value[rows] for name, value in logp.items()}
-        yield part, known | (scorer.sampled(own, part) if update else {})
+        yield part, _anew(known, own, cache(partial(scorer.sampled, own, part))) if update else known
+
+
+def _anew(known: Mapping[str, Tensor], own: frozenset[str], score: Callable[[], Mapping[str, Tensor]]) -> Lazy:
+    """`known`, with the student's `own` scores from `score` when somebody asks for one."""
+    def scored(name: str) -> Tensor:
+        return score()[name]
+
+    return Lazy({name: partial(scored if name in own else known.__getitem__, name) for name in known})
 
 
 def cut(batch: Batch, count: int) -> Iterator[tuple[Batch, Tensor]]:

@@ -69,7 +69,7 @@ def forecast(ground: Ground) -> Forecast:
     kv = 2 * text.num_hidden_layers * getattr(text, "num_key_value_heads", text.num_attention_heads) * (
         getattr(text, "head_dim", None) or width // text.num_attention_heads)
     head = 0 if lora is not None and size == 4 else text.vocab_size * width * 4  # its gradient, or its float32 copy
-    draws = 1 + run.rollout.max_resample * run.rollout.filter_groups
+    draws = 1 + run.rollout.max_resample * bool(run.rollout.filter_groups)
     step = run.rollout.num_generations * run.rollout.prompts_per_step * run.rollout.max_completion_length * draws
     return Forecast(
         parameters=count,

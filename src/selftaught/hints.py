@@ -22,9 +22,9 @@ from typing import Any
 from selftaught.chat import Chat, Failed
 from selftaught.data import read, to_problems
 from selftaught.errors import UserError
-from selftaught.records import Problem
+from selftaught.eval.rows import mend_tail, parse
+from selftaught.records import Problem, Say
 
-Say = Callable[[str], None]
 WRITE = """\
 You help a student with a problem whose solution you know. Write a hint: the steps into which the problem falls apart, \
 in order, one line each, and for each step what is to be found and which idea finds it.
@@ -230,27 +230,15 @@ def _resumed(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of ours; a last line that a kill left half-written is cut off the file."""
     if not path.exists():
         return []
-    raw = path.read_bytes()
-    rows, end = [], 0
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        last = end + len(line) == len(raw)
-        if line.strip():
-            try:
-                row = json.loads(line)
-                assert isinstance(row, dict)
-            except (ValueError, AssertionError):
-                if last:
-                    break
-                raise UserError(f"--out: line {number} of {path} is no JSON object; it is not a file of this command: "
-                                "name another") from None
+    lines, rows = path.read_bytes().split(b"\n"), []
+    for number, line in enumerate(lines, start=1):
+        row = parse(line.decode("utf-8", "replace"))
+        if row is not None:
             rows.append(row)
-        end += len(line) + 1
-    if raw and not raw.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(min(end, len(raw)))
-            if end > len(raw):  # the last row is whole but for its line end
-                file.seek(0, 2)
-                file.write(b"\n")
+        elif line.strip() and number < len(lines):
+            raise UserError(f"--out: line {number} of {path} is no JSON object; it is not a file of this command: "
+                            "name another")
+    mend_tail(path)  # not before: what is no file of ours stays as it is
     return rows
 
 

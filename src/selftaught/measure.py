@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import stdev
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +19,18 @@ from selftaught.rollout import RolloutConfig
 from selftaught.tensors import MAX_LOG_RATIO, difference
 
 
-def live_groups(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> list[str]:
-    """Ids of the problems of which some rollout was better than its siblings, by the methods' own rule, in order."""
+def live_groups(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict],
+                by: Literal[True, "right"] = True) -> list[str]:
+    """Ids of the problems of which some rollout was better than its siblings, by the methods' own rule, in order.
+
+    By "right": of which some rollout with a score was right and some was not (arXiv 2503.14476 eq. 11).
+    """
+    if by == "right":
+        found: dict[str, set[bool]] = {}
+        for rollout, verdict in zip(rollouts, verdicts, strict=True):
+            if verdict.score is not None:
+                found.setdefault(rollout.problem.id, set()).add(verdict.status == "right")
+        return [problem for problem, kinds in found.items() if len(kinds) == 2]
     reward = torch.tensor([float("nan") if v.score is None else v.score for v in verdicts])
     names = {rollout.problem.id: i for i, rollout in enumerate(rollouts)}
     moved = relative(reward, torch.tensor([names[rollout.problem.id] for rollout in rollouts])) != 0

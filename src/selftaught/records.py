@@ -6,7 +6,7 @@ Token ids are plain tuples of int until `score` packs them, so that a record can
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # a verifier's worker imports `Verdict` from here, and must n
     from torch import Tensor
 
 Message = Mapping[str, str]
+Say = Callable[[str], None]  # tells the user one line
 Weights = Literal["live", "initial", "ema", "snapshot", "external"]
 Context = Literal["plain", "privileged"]
 Status = Literal["right", "wrong", "unparsed", "timeout", "error"]
@@ -154,6 +155,11 @@ class View:
     every: int | None = None
     rate: float | None = None
     nth: int = 0
+
+
+def privileged_views(views: Mapping[str, View]) -> list[str]:
+    """The names of the views that see a privilege."""
+    return [name for name, view in views.items() if view.context == "privileged"]
 
 
 @dataclass(frozen=True)

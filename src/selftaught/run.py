@@ -17,7 +17,7 @@ from selftaught.loss import LossConfig
 from selftaught.methods import Method, build
 from selftaught.optim import CheckpointConfig, OptimConfig, check_views
 from selftaught.privilege import PrivilegeConfig, pieces
-from selftaught.records import Section
+from selftaught.records import Section, privileged_views
 from selftaught.report import ReportConfig
 from selftaught.reward import RewardConfig
 from selftaught.rollout import RolloutConfig
@@ -87,7 +87,7 @@ class Run(Section):
         method = self.method.build()
         check_views(method.views)
         _check_external(method, self.teacher)
-        privileged = [name for name, view in method.views.items() if view.context == "privileged"]
+        privileged = privileged_views(method.views)
         if privileged and self.privilege is None:
             raise UserError(f"method {method.name!r}: its {privileged[0]} sees a privilege, but the recipe has none; "
                             "add for example `privilege: {kind: answer}`")
@@ -124,11 +124,12 @@ class Run(Section):
 def _refuse_batches(run: Run, method: Method) -> None:
     """Raise UserError for groups to be filtered by what they do not have, and for optimiser batches of no group."""
     rollout, optim = run.rollout, run.optim
+    filtered = f"rollout.filter_groups = {str(rollout.filter_groups).lower()}"
     if rollout.filter_groups and not method.needs & {"reward", "group"}:
-        raise UserError(f"rollout.filter_groups = true: method {method.name!r} uses no reward, so no group is dead to "
+        raise UserError(f"{filtered}: method {method.name!r} uses no reward, so no group is dead to "
                         "it; set rollout.filter_groups=false")
     if rollout.filter_groups and rollout.num_generations < 2:
-        raise UserError(f"rollout.filter_groups = true: groups of rollout.num_generations = {rollout.num_generations} "
+        raise UserError(f"{filtered}: groups of rollout.num_generations = {rollout.num_generations} "
                         "are all dead; raise it to at least 2 or set rollout.filter_groups=false")
     if rollout.prompts_per_step % optim.minibatches:
         fit = [n for n in range(1, rollout.prompts_per_step + 1) if rollout.prompts_per_step % n == 0]

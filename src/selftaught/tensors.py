@@ -9,7 +9,7 @@ Shape suffixes, used everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,25 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0  # every log-ratio is clamped to +-20 before it is exponentiated: exp(20) is 5e8
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for; a function that is dear remembers what it made (`cache`)."""
+
+    def __init__(self, make: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._make = make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._make[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._make  # the default asks for the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make)
+
+    def __len__(self) -> int:
+        return len(self._make)
 
 
 # ---------------------------------------------------------------------------------------------- precision and -inf

@@ -1,6 +1,6 @@
 """Per-token constants of one optimiser batch: advantages, weights, gates. Never a gradient."""
 
-from selftaught.credit.counted import base_credit, broadcast, place_in_rollout
+from selftaught.credit.counted import base_credit, broadcast, logp_before, place_in_rollout
 from selftaught.credit.evidence import evidence, evidence_weight
 from selftaught.credit.group import group_advantage
 from selftaught.credit.route import routes
@@ -8,4 +8,4 @@ from selftaught.credit.schedule import linear_decay, trapezoid
 from selftaught.credit.sequence import sequence_ratio
 
 __all__ = ["base_credit", "broadcast", "evidence", "evidence_weight", "group_advantage", "linear_decay",
-           "place_in_rollout", "routes", "sequence_ratio", "trapezoid"]
+           "logp_before", "place_in_rollout", "routes", "sequence_ratio", "trapezoid"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,14 @@ def base_credit(batch: TokenBatch, *, needs_reward: bool = False, needs_privileg
     if batch.logp_old is not None:
         credit["logp_old"] = batch.logp_old.detach()
     return credit
+
+
+def logp_before(credit: Mapping[str, Tensor], logp: Mapping[str, Tensor]) -> Tensor:
+    """The student's log-probs before the first update on the batch: `logp_old`, or without it the current ones: (N,).
+
+    `logp` is asked only then: the trainer scores the student again where a method asks.
+    """
+    return credit["logp_old"] if "logp_old" in credit else logp["student"]
 
 
 def place_in_rollout(batch: TokenBatch) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from selftaught.data import gym
@@ -12,9 +12,7 @@ from selftaught.data.columns import to_problems
 from selftaught.data.config import DataConfig, Part
 from selftaught.data.files import read
 from selftaught.errors import UserError
-from selftaught.records import Problem
-
-Say = Callable[[str], None]
+from selftaught.records import Problem, Say
 
 
 @dataclass(frozen=True)

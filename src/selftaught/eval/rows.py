@@ -100,7 +100,7 @@ def mend_tail(path: Path) -> None:
         if tail.endswith(b"\n"):
             return
         last = tail[tail.rfind(b"\n") + 1 :]
-        if _parse(last.decode("utf-8", "replace")) is None:
+        if parse(last.decode("utf-8", "replace")) is None:
             file.truncate(start + len(tail) - len(last))
         else:
             file.seek(0, os.SEEK_END)
@@ -120,7 +120,7 @@ def read_rows(path: Path | str, warn: Callable[[str], None] = warnings.warn) -> 
     broken: list[str] = []
     duplicated: list[str] = []
     for number, line, last in _lines(path):
-        row = _parse(line)
+        row = parse(line)
         fault = _fault(row)
         if row is None and last and not line.endswith("\n"):
             fault = "is truncated"
@@ -191,7 +191,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
         raise UserError(f"completions {path}: {error.strerror}; give a completions.jsonl that can be read") from error
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def parse(line: str) -> dict[str, Any] | None:
+    """The JSON object that a line holds; None where it holds none."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):

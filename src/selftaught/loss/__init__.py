@@ -19,12 +19,11 @@ from selftaught.loss.surrogate import (
     clip_ratio,
     clipped,
     clipped_loss,
-    clipped_surrogate,
     importance_ratio,
     reference_penalty,
 )
 
 __all__ = ["DIVERGENCES", "REFERENCE_KLS", "LossConfig", "Reduced", "barycenter", "capped_ratio", "chunked_loss",
-           "clip_ratio", "clipped", "clipped_kl", "clipped_loss", "clipped_surrogate", "divergence", "floored",
+           "clip_ratio", "clipped", "clipped_kl", "clipped_loss", "divergence", "floored",
            "importance_ratio", "js", "kl", "masked", "mixture", "reference_penalty", "sampler_correction",
            "token_weights", "with_tail"]

@@ -63,7 +63,8 @@ def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mappin
                  credit: Credit, weight_N: Tensor, *, chunk: int | None = None, temperature: float = 1.0) -> Reduced:
     """sum_n weight_n loss_n, with gradients for hidden["student"] and heads["student"] alone.
 
-    hidden: (N, H) for "student" and for each view; heads: the head of each. Peak memory beyond the inputs and
+    hidden: (N, H) for "student" and for each view; heads: the head of each. A view is taken from `hidden` when the
+    loss first asks for its distribution: in a lazy mapping it may be made there. Peak memory beyond the inputs and
     their gradients is O(chunk x V). Under `no_grad` nothing is differentiated.
     """
     student, head = hidden["student"], heads["student"]
@@ -85,8 +86,8 @@ def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mappin
         with torch.enable_grad() if any(needs) else torch.no_grad():
             raw = affine(h32, weight32, bias32).requires_grad_(any(needs))
             dist = TokenDist(finish(raw, head), tokens_N[rows], temperature)
-            views = {n: _view(h[rows], heads[n], tokens_N[rows], temperature)
-                     for n, h in hidden.items() if n != "student"}
+            views = {name: _view(hidden, name, rows, heads[name], tokens_N[rows], temperature)
+                     for name in hidden if name != "student"}
             out = loss(dist, views, {name: value[rows] for name, value in credit.items()})
             weighted = (masked(out.loss, weight_N[rows]) * weight_N[rows]).sum()
         if any(needs) and weighted.requires_grad:
@@ -107,10 +108,11 @@ def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mappin
     return Reduced(reduced, torch.cat(losses) if losses else weight_N.new_zeros(0), merged)
 
 
-def _view(hidden_nH: Tensor, head: Head, tokens_n: Tensor, temperature: float) -> TokenDist:
+def _view(hidden: Mapping[str, Tensor], name: str, rows: slice, head: Head, tokens_n: Tensor,
+          temperature: float) -> TokenDist:
     def logits() -> Tensor:
         with torch.no_grad():
-            return project(hidden_nH.detach(), head)
+            return project(hidden[name][rows].detach(), head)
 
     return TokenDist(logits, tokens_n, temperature)
 

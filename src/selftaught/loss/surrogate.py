@@ -22,19 +22,12 @@ def capped_ratio(logp: Tensor, logp_old: Tensor | None, cap: float | None) -> Te
     return rho if cap is None else rho.clamp(max=cap)
 
 
-def clipped_surrogate(logp: Tensor, logp_old: Tensor | None, advantage: Tensor, *, eps_low: float | None,
-                      eps_high: float | None, dual_clip: float | None = None) -> Tensor:
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A); -rho A where an eps is None.
-
-    `dual_clip` = c bounds the objective below by c A where A < 0 (arXiv 1912.09729 eq. 5). All arguments (n,).
-    """
-    return clipped(importance_ratio(logp, logp_old), advantage, eps_low=eps_low, eps_high=eps_high,
-                   dual_clip=dual_clip)
-
-
 def clipped(rho: Tensor, advantage: Tensor, *, eps_low: float | None, eps_high: float | None,
             dual_clip: float | None = None) -> Tensor:
-    """`clipped_surrogate` of a ratio."""
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A); -rho A where an eps is None. All arguments (n,).
+
+    `dual_clip` = c bounds the objective below by c A where A < 0 (arXiv 1912.09729 eq. 5).
+    """
     objective = rho * advantage
     if eps_low is not None or eps_high is not None:
         low = None if eps_low is None else 1 - eps_low
@@ -61,7 +54,7 @@ def clip_ratio(rho: Tensor, advantage: Tensor, *, eps_low: float | None, eps_hig
 
 def clipped_loss(logp: Tensor, logp_old: Tensor | None, advantage: Tensor, *, eps_low: float | None,
                  eps_high: float | None, dual_clip: float | None = None) -> TokenLoss:
-    """`clipped_surrogate`, and `clip_ratio` beside it."""
+    """`clipped` of the ratio of `importance_ratio`, and `clip_ratio` beside it."""
     rho = importance_ratio(logp, logp_old)
     return TokenLoss(clipped(rho, advantage, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip),
                      clip_ratio(rho, advantage, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip))

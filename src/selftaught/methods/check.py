@@ -1,5 +1,7 @@
 """A method is watched through its first step: what is broken in it is named before anything was updated by it.
 
+That its metrics are the same in every chunk is watched in all steps.
+
 Nothing here changes a number or draws one: a method that keeps its contract gives the same bits with and without.
 """
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from selftaught.errors import UserError
 from selftaught.methods.base import Method, registry
+from selftaught.methods.several import Several
 from selftaught.records import Credit, TokenBatch, TokenLoss
 from selftaught.vocabulary import TokenDist
 
@@ -39,14 +42,16 @@ class Checked:
 
     def __init__(self, method: Method) -> None:
         self._method = method
-        self._own = type(method) not in registry().values()
+        self._class = type(method.method if isinstance(method, Several) else method)  # whose code may be broken
+        self._own = self._class not in registry().values()
         self._watching, self._shown = True, False  # is this step watched; has one chunk of it shown a gradient
+        self._metrics: list[str] | None = None  # of the first chunk of an optimiser batch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._method, name)
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
-        self._watching = not self._shown
+        self._watching, self._metrics = not self._shown, None
         with self._told("credit"):
             credit = self._method.credit(batch, logp)
         if self._watching:
@@ -61,6 +66,11 @@ class Checked:
             if torch.is_grad_enabled() and not self._shown:
                 with self._told("loss"):
                     self._shown = self._check_gradient(student, views, credit)
+        self._metrics, first = sorted(out.metrics), self._metrics
+        if first is not None and first != self._metrics:  # looked at in every step: chunks are put together by name
+            self._broken("loss", f"returns metrics {', '.join(first)!r} of one chunk and "
+                         f"{', '.join(self._metrics)!r} of another; return the same in every chunk, 0 where there is "
+                         "nothing to tell")
         return out
 
     @contextmanager
@@ -73,7 +83,7 @@ class Checked:
         except Exception as error:
             if not self._own:
                 raise
-            file = inspect.getfile(type(self._method))
+            file = inspect.getfile(self._class)
             line = next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == file),
                         None)
             where = "" if line is None else f" ({file}, line {line})"

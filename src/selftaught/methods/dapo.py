@@ -26,9 +26,9 @@ class DAPO:
     Its recipe reduces by `token_mean`.
 
     Divergence: none; clipped surrogate
-    Deviations: what the paper does beside the loss is the recipe's: drawing again for groups of one score (eq. 11) is
-    `rollout.filter_groups`, the penalty of overlong rollouts (eq. 13) the reward `length`, leaving them out of the loss
-    `rollout.mask_truncated`.
+    Deviations: what the paper does beside the loss is the recipe's: drawing again for groups that are all right or all
+    not (eq. 11) is `rollout.filter_groups: right`, the penalty of overlong rollouts (eq. 13) the reward `length`,
+    leaving them out of the loss `rollout.mask_truncated`.
     Equals: grpo with eps_high=0.28; rlsd with lam=0 when dual_clip is 3.
     Criticism: in verl's reproduction (AIME24) the mean over tokens adds 6 points (44 to 50), drawing again 2 (to 52).
     """

@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from selftaught.methods.base import build, method_class, method_fields, names
-from selftaught.records import View
+from selftaught.records import View, privileged_views
 
 LABELS = ("Sees", "Divergence", "Deviations", "Equals", "Criticism")
 OWN_PAST = {"live": "the model itself, live", "initial": "the model itself as it began",
@@ -69,8 +69,7 @@ class Description:
     def sees(self) -> str:
         if "Sees" in self.notes or not self.views:
             return self.notes.get("Sees", "the rollout")
-        privileged = any(view.context == "privileged" for view in self.views.values())
-        return "a privilege" if privileged else "the student's own prompt"
+        return "a privilege" if privileged_views(self.views) else "the student's own prompt"
 
     @property
     def must_exist(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 CLIP = {"eps_low": "[0, 1) or None: no clip", "eps_high": "[0, inf) or None: no clip"}
@@ -11,7 +10,7 @@ NUMBER = "must be a number (in YAML 1e-3 is text; write 1.0e-3)"
 
 
 def require(method: Any, **rules: str) -> None:
-    """Check fields by rules such as "[0, 1)", "(0, inf)", "int [1, inf)" or "one of a, b".
+    """Check fields by rules such as "[0, 1)", "(0, inf)", "int [1, inf)" or "one of a, b"; "inf]" lets infinity in.
 
     A rule that ends in "or None: MEANING" lets a field be None, and tells in its message what that would mean.
 
@@ -38,5 +37,5 @@ def _fault(value: Any, rule: str) -> str | None:
         return f"must be a whole number in {interval}" if kind is int else NUMBER
     low, high = (float(end) for end in interval[1:-1].split(", "))
     above = value > low if interval[0] == "(" else value >= low
-    below = value < high if interval[-1] == ")" and high != math.inf else value <= high
+    below = value < high if interval[-1] == ")" else value <= high
     return None if above and below else f"must be {'a whole number ' if kind is int else ''}in {interval}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from selftaught.credit import base_credit, evidence
 from selftaught.loss import DIVERGENCES, divergence
 from selftaught.methods.fields import require
-from selftaught.records import Credit, TokenBatch, TokenLoss, View
+from selftaught.records import Credit, TokenBatch, TokenLoss, View, privileged_views
 from selftaught.vocabulary import TokenDist
 
 
@@ -51,7 +51,7 @@ class GKD:
             raise ValueError(f"weight = {self.weight}: must be between 0 and 1; at the ends choose a kl by its name")
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
-        seen = any(view.context == "privileged" for view in self.views.values())
+        seen = bool(privileged_views(self.views))
         return base_credit(batch, needs_privilege=seen)
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:

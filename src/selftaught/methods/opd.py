@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from selftaught.credit import base_credit
+from selftaught.credit import base_credit, logp_before
 from selftaught.loss import importance_ratio
 from selftaught.methods.fields import require
-from selftaught.records import Credit, TokenBatch, TokenLoss, View
+from selftaught.records import Credit, TokenBatch, TokenLoss, View, privileged_views
 from selftaught.tensors import difference
 from selftaught.vocabulary import TokenDist
 
@@ -48,11 +48,11 @@ class OPD:
         require(self, coef="(0, inf)")
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
-        seen = any(view.context == "privileged" for view in self.views.values())
-        credit, teacher = base_credit(batch, needs_privilege=seen), logp["teacher"]
-        gap = difference(teacher, credit.get("logp_old", logp["student"]))
-        banned = teacher.isinf() & logp["student"].isinf()  # by both, whatever it was when it was sampled
-        return {**credit, "gap": torch.where(banned, torch.zeros_like(gap), gap)}
+        credit, teacher = base_credit(batch, needs_privilege=bool(privileged_views(self.views))), logp["teacher"]
+        gap = difference(teacher, logp_before(credit, logp))
+        if teacher.isinf().any():  # banned by both, whatever it was when it was sampled
+            gap = torch.where(teacher.isinf() & logp["student"].isinf(), torch.zeros_like(gap), gap)
+        return {**credit, "gap": gap}
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         return TokenLoss(-importance_ratio(student.at_sampled, credit.get("logp_old")) * self.coef * credit["gap"])

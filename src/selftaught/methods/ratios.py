@@ -82,7 +82,7 @@ class CISPO:
     scores: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        require(self, cap="(0, inf)")
+        require(self, cap="(0, inf]")
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         return {**base_credit(batch, needs_reward=True), "advantage": broadcast(group_advantage(batch), batch)}

@@ -9,7 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from selftaught.credit import base_credit, broadcast, evidence, evidence_weight, group_advantage, linear_decay
+from selftaught.credit import (
+    base_credit,
+    broadcast,
+    evidence,
+    evidence_weight,
+    group_advantage,
+    linear_decay,
+    logp_before,
+)
 from selftaught.loss import clipped_loss
 from selftaught.methods.fields import CLIP, DUAL_CLIP, require
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
@@ -59,7 +67,7 @@ class RLSD:
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         credit = base_credit(batch, needs_reward=True)
         advantage = broadcast(group_advantage(batch), batch)
-        gap = evidence(logp["teacher"], credit.get("logp_old", logp["student"]))
+        gap = evidence(logp["teacher"], logp_before(credit, logp))
         lam = linear_decay(self.lam, batch.step, self.lam_decay)
         weight = (1 - lam) + lam * evidence_weight(gap, advantage, self.eps_w)
         if batch.privileged is not None:

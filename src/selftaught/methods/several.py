@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selftaught.credit import broadcast
 from selftaught.methods.base import Method
-from selftaught.records import Credit, TokenBatch, TokenLoss, View
+from selftaught.records import Credit, TokenBatch, TokenLoss, View, privileged_views
 from selftaught.vocabulary import Mixture, TokenDist, log_mean_exp
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class Several:
 
     @property
     def _privileged(self) -> set[str]:
-        return {name for name, view in self.method.views.items() if view.context == "privileged"}
+        return {*privileged_views(self.method.views)}
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         """The method's credit (of `average`: its mean over k, for metrics), that of each k, and which k are there."""
@@ -77,7 +77,8 @@ class Several:
             each.append(self.method.credit(seen, self._of(k, logp)))
         share = has_NK / has_NK.sum(1, keepdim=True)
         mean = {name: (share * torch.stack([one[name] for one in each], 1).masked_fill(~has_NK, 0)).sum(1)
-                for name in sorted(each[0].keys() - {"counted", "logp_old"})}
+                for name, value in sorted(each[0].items())
+                if name not in ("counted", "logp_old") and value.dtype != torch.int64}  # of a label there is no mean
         kept = {name: each[0][name] for name in ("counted", "logp_old") if name in each[0]}
         return {**kept, **mean, **has, **{f"{k}.{n}": v for k, one in enumerate(each) for n, v in one.items()}}
 

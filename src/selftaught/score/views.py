@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from selftaught.records import Batch, View
 from selftaught.score.backbone import Backbone, Named
-from selftaught.tensors import offsets, pack, split_by_budget, split_padded
+from selftaught.tensors import Lazy, offsets, pack, split_by_budget, split_padded
 from selftaught.vocabulary import Head, sampled_log_probs
 
 STUDENT = View("live", "plain")
@@ -49,16 +50,16 @@ class Scorer:
         for rollouts in split(contexts, batch.responses, self.token_budget):
             yield Micro(rollouts, slice(ends[rollouts[0]], ends[rollouts[-1] + 1]))
 
-    def hidden(self, batch: Batch, micro: Micro) -> dict[str, Tensor]:
-        """(n, H) for "student", with gradient if enabled, and for each view, without; equal views are run once."""
-        found: dict[str | View, Tensor] = {}
-        out = {}
+    def hidden(self, batch: Batch, micro: Micro) -> Lazy:
+        """(n, H) for "student", with gradient if enabled, and for each view, without; equal views are run once.
+
+        Each is run when it is asked for: a view that only a method's credit reads, by `sampled`, costs nothing more.
+        """
+        found: dict[str | View, Callable[[], Tensor]] = {}
         for name, view in self.views.items():
             key = name if name == "student" else view
-            if key not in found:
-                found[key] = self._run(batch, micro, name, view)
-            out[name] = found[key]
-        return out
+            found.setdefault(key, cache(partial(self._run, batch, micro, name, view)))
+        return Lazy({name: found[name if name == "student" else view] for name, view in self.views.items()})
 
     def heads(self) -> dict[str, Head]:
         """The vocabulary head of every view."""

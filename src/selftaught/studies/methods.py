@@ -13,7 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from selftaught.errors import UserError, nearest
 from selftaught.eval import compare, read_rows, select
 from selftaught.methods import names
+from selftaught.records import Say
 from selftaught.run import load_run, recipe_names
 
 CONTROLLED = ("rlsd", "sdpg", "demopsd", "sdpo", "opsd")
@@ -30,7 +31,6 @@ SHOWN = ("pass@1", "pass@8")
 SMOKE = ("optim.steps=2", "data.heldout=8", "eval.every=null", "checkpoint.every=1")
 DID = "method/"  # metrics with this prefix say what a method did
 
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
