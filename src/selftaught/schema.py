@@ -106,7 +106,7 @@ def _type(field: FieldInfo) -> str:
 def _words(annotation: Any) -> str:
     arguments, origin = get_args(annotation), get_origin(annotation)
     if origin is Literal:
-        return " or ".join(arguments)
+        return " or ".join(str(word).lower() if isinstance(word, bool) else word for word in arguments)
     if origin in (Union, UnionType):
         return " or ".join(map(_words, arguments))
     if origin is tuple:
