@@ -339,10 +339,10 @@ def main() -> None:
         for mutant in chosen:
             began = time.monotonic()
             found = caught(mutant, folder)
-            print(f"{'caught' if found else 'MISSED'}  {mutant.name}  ({time.monotonic() - began:.0f} s)", flush=True, flush=True)
+            print(f"{'caught' if found else 'MISSED'}  {mutant.name}  ({time.monotonic() - began:.0f} s)", flush=True)
             if not found:
                 missed.append(mutant.name)
-    print(f"{len(chosen) - len(missed)} of {len(chosen)} faults were caught", flush=True)
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} faults were caught")
     sys.exit(1 if missed else 0)
 
 
