@@ -18,7 +18,7 @@ import families
 from selftaught.assemble import sample_and_verify
 from selftaught.records import Problem, Prompt, Request, Rollout, Sampling
 from selftaught.reward import RewardConfig, Rewarder
-from selftaught.rollout import Engine, RolloutConfig, TransformersEngine, cache, uniforms
+from selftaught.rollout import Engine, RolloutConfig, TransformersEngine, uniforms
 from selftaught.rollout.sampling import BLOCK, draw, truncate
 from selftaught.score import Backbone
 from selftaught.tensors import MIN_COMMON
@@ -160,13 +160,6 @@ def test_uniforms_are_those_of_their_key_alone() -> None:
 # The engine against the model.
 
 
-@pytest.fixture(params=["for every row", "once per group"])
-def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the prompt's keys and values are held: both caches decode the same."""
-    monkeypatch.setattr(cache, "ROW_BYTES", 2**29 if request.param == "for every row" else 0)
-
-
-@pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("family", families.SUPPORTED)
 def test_tokens_and_log_probs_are_those_of_the_models_own_forward(family: str) -> None:
     model = families.SUPPORTED[family]()
@@ -177,7 +170,6 @@ def test_tokens_and_log_probs_are_those_of_the_models_own_forward(family: str) -
         assert_drawn_from(training_logits(model, rollout), rollout)
 
 
-@pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("window", [1, 3, 26, 30, 200])  # within, around and beyond prompt and response
 def test_sliding_windows_of_every_length_are_decoded_right(window: int) -> None:
     model = families.gemma3(sliding_window=window)
@@ -185,7 +177,6 @@ def test_sliding_windows_of_every_length_are_decoded_right(window: int) -> None:
         assert_drawn_from(training_logits(model, rollout), rollout)
 
 
-@pytest.mark.usefixtures("held")
 def test_a_long_response_outgrows_its_buffer_twice() -> None:
     model = families.smollm()
     for rollout in engine(model).sample(requests(PROMPTS[:1]), 2, Sampling(max_completion_length=80)):
@@ -228,7 +219,6 @@ def test_recorded_log_probs_are_of_the_truncated_distribution() -> None:
         assert_drawn_from(logits.masked_fill(logits < top, float("-inf")), rollout)
 
 
-@pytest.mark.usefixtures("held")
 def test_results_do_not_depend_on_the_company() -> None:
     model, sampling = families.llama(), Sampling(max_completion_length=20)
     stop_ids = range(3, 9)
@@ -248,7 +238,6 @@ def test_results_do_not_depend_on_the_company() -> None:
     assert {key: beside[key] for key in expected} == expected
 
 
-@pytest.mark.usefixtures("held")
 def test_problems_with_the_same_prompt_share_it_and_keep_their_own_randomness() -> None:
     model, sampling = families.llama(), Sampling(max_completion_length=12)
     twins = [Request(Problem(name, "?"), Prompt(PROMPTS[0]), 0, 0) for name in "abc"]
@@ -272,7 +261,6 @@ def test_seed_step_and_sample_each_change_the_tokens_and_nothing_else_does() -> 
     assert len(set(base.values())) == 9
 
 
-@pytest.mark.usefixtures("held")
 def test_rows_that_finish_change_nothing_for_those_that_go_on() -> None:
     model, sampling = families.gemma3(), Sampling(max_completion_length=40)
     free = engine(model).sample(requests(), 8, sampling)

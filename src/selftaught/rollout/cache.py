@@ -1,27 +1,12 @@
-"""Keys and values while decoding: a prompt's once per group, a response's in a buffer that grows by doubling.
-
-Where a copy of the prompt's for every row is small, and the machine a CPU, `RowCache` is the faster one.
-"""
+"""Keys and values while decoding: a prompt's once per group, a response's in a buffer that grows by doubling."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 FIRST_CAPACITY = 32
-ROW_BYTES = 2**29  # keys and values of all rows and layers up to which a CPU decodes from a copy for each row
-
-
-def decode_cache(prompts: dict[int, tuple[Tensor, Tensor]], prompt_lengths: Tensor, row_group: Tensor,
-                 most: int) -> DecodeCache | RowCache:
-    """The cache that is the faster one here; arguments as of `DecodeCache`."""
-    first, _ = next(iter(prompts.values()))
-    _, heads, longest, width = first.shape
-    size = 2 * len(prompts) * row_group.shape[0] * heads * (longest + most) * width * first.element_size()
-    alone = first.device.type == "cpu" and size <= ROW_BYTES
-    return (RowCache if alone else DecodeCache)(prompts, prompt_lengths, row_group, most)
 
 
 class DecodeCache:
@@ -127,64 +112,4 @@ class DecodeCache:
         self._slots = torch.where(slot < counts[:, None], first[:, None] + slot, first[:, None])
         within = torch.arange(self.row_group.shape[0], device=self.row_group.device) - first[self.row_group]
         self._place = (self.row_group, within)
-        self._masks = {}
-
-
-class RowCache:
-    """Like `DecodeCache`, with the prompt's keys and values copied for every row, in one buffer with its own.
-
-    One attention kernel then reads both: on a CPU a third of the time for a few hundred tokens, for memory.
-    """
-
-    def __init__(self, prompts: dict[int, tuple[Tensor, Tensor]], prompt_lengths: Tensor, row_group: Tensor,
-                 most: int) -> None:
-        self.lengths = prompt_lengths[row_group]  # (B,)
-        self.written = 0
-        self._prompt = next(iter(prompts.values()))[0].shape[2]
-        self._even = bool((self.lengths == self._prompt).all())
-        self._held = {}
-        for layer, (key, value) in prompts.items():  # by layer: (B, Hkv, P + most, D)
-            self._held[layer] = tuple(pad(x[row_group], (0, 0, 0, most)) for x in (key, value))
-        self._masks: dict[int | None, Tensor | None] = {}
-
-    def positions(self) -> Tensor:
-        """The position of the token that each row is about to read: (B,)."""
-        return self.lengths + self.written
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
-               window: int | None) -> Tensor:
-        """One token of every row: query (Hq, B, D), key and value (Hkv, B, D) to (B, Hq, D)."""
-        held_k, held_v = self._held[layer]
-        at, end = self._prompt + self.written, self._prompt + self.written + 1
-        held_k[:, :, at], held_v[:, :, at] = key.transpose(0, 1), value.transpose(0, 1)
-        out = sdpa(query.transpose(0, 1).unsqueeze(2), held_k[:, :, :end], held_v[:, :, :end],
-                   attn_mask=self._seen(window), scale=scaling, enable_gqa=query.shape[0] != key.shape[0])
-        return out.squeeze(2)
-
-    def _seen(self, window: int | None) -> Tensor | None:
-        """Where a row looks, (B, 1, 1, P + written + 1): no padding, and nothing that a window has left behind."""
-        if window is not None and window > self._prompt + self.written:
-            window = None
-        if self._even and window is None:
-            return None
-        if window not in self._masks:
-            device = self.lengths.device
-            at = torch.arange(self._prompt + self.written + 1, device=device)[None, :]
-            lengths = self.lengths[:, None]
-            place = torch.where(at < self._prompt, at, at - self._prompt + lengths)  # in the row's own text
-            seen = (at < lengths) | (at >= self._prompt)
-            if window is not None:
-                seen = seen & (lengths + self.written - place < window)
-            self._masks[window] = seen[:, None, None, :]
-        return self._masks[window]
-
-    def advance(self) -> None:
-        """One token of every row has been read."""
-        self.written += 1
-        self._masks = {}
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop every row but these (indices in order)."""
-        self.lengths = self.lengths[rows]
-        self._held = {layer: (k[rows], v[rows]) for layer, (k, v) in self._held.items()}
         self._masks = {}

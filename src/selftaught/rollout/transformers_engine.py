@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selftaught.records import Finish, Request, Rollout, Sampling
-from selftaught.rollout.cache import decode_cache
+from selftaught.rollout.cache import DecodeCache
 from selftaught.rollout.engine import uniforms
 from selftaught.rollout.sampling import draw, greedy, truncate
 
@@ -110,7 +110,7 @@ class TransformersEngine:
         group = torch.tensor([prompts[row.request.prompt.token_ids] for row in active], device=device)
         hidden, layers = self.backbone.prefill(list(prompts))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        cache = decode_cache(layers, lengths, group, sampling.max_completion_length)
+        cache = DecodeCache(layers, lengths, group, sampling.max_completion_length)
         logits = self.backbone.logits(hidden)[group]
         for position in range(sampling.max_completion_length):
             token = self._draw(active, logits, position, sampling)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-ROWS = range(4, 49)  # where W x^T was measured to beat x W^T, by a quarter at 24 rows to .4 at 16, in float32
+ROWS = range(4, 49)  # where W x^T was measured to beat x W^T in float32: by a fifth at 24 rows, by .4 at 16
 
 
 def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
