@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +20,10 @@ from selftaught.methods import Method, batch_credit, build
 from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, Verdict, View
 from selftaught.score import Backbone, Scorer, heap
 from selftaught.score.attention import Segments
-from selftaught.score.thin import thin_linear
+from selftaught.score.fused import Fused, _Gated, _Norm, _Rotated
+from selftaught.score.prepacked import PATIENCE, ROWS, Prepacked
 from selftaught.tensors import MIN_COMMON, pack, upcast
-from selftaught.vocabulary import sampled_log_probs
+from selftaught.vocabulary import project, sampled_log_probs
 
 Ids = tuple[int, ...]
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -486,18 +488,33 @@ def test_a_bfloat16_model_is_verified_scored_and_trained() -> None:
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
 
 
-# --------------------------------------------------------------------------------------------------- few rows
+# ------------------------------------------------------------------------------------------- packed and fused
 
 
-@pytest.mark.parametrize("rows", [(1,), (3,), (4,), (2, 9), (48,), (49,)])
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 9), (48,), (ROWS,), (ROWS + 1,)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_on_few_rows_gives_the_numbers_of_the_plain_one(rows: tuple[int, ...], bias: bool) -> None:
+def test_a_packed_weight_gives_the_numbers_of_the_plain_product(rows: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
-    layer = torch.nn.Linear(5, 7, bias=bias)
+    layer, products = torch.nn.Linear(5, 7, bias=bias), Prepacked()
     x = torch.randn(*rows, 5)
     with torch.no_grad():
-        torch.testing.assert_close(thin_linear(x, layer.weight, layer.bias), layer(x), rtol=0, atol=1e-6)
-        assert thin_linear(x, layer.weight, layer.bias).is_contiguous()
+        for _ in range(PATIENCE + 2):
+            out = products.linear(x, layer.weight, layer.bias)
+            torch.testing.assert_close(out, layer(x), rtol=0, atol=1e-6)
+    packs = torch.backends.mkldnn.is_available() and x.numel() // 5 <= ROWS
+    assert len(products._packed) == int(packs)
+
+
+def test_decoding_packs_the_weights_of_the_day() -> None:
+    """What was packed before an update is not what decodes after it."""
+    backbone = Backbone(families.llama())
+    h = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        with backbone.decoding():
+            for _ in range(PATIENCE + 2):
+                torch.testing.assert_close(backbone.logits(h), project(h, backbone.head()), rtol=0, atol=1e-4)
+        with torch.no_grad():
+            backbone.model.get_output_embeddings().weight.mul_(1.5)
 
 
 def test_decoding_leaves_every_layer_as_it_was_also_after_an_error() -> None:
@@ -507,6 +524,61 @@ def test_decoding_leaves_every_layer_as_it_was_also_after_an_error() -> None:
         assert all("forward" in vars(layer) for layer in layers)
         raise KeyboardInterrupt
     assert not any("forward" in vars(layer) for layer in layers)
+
+
+# Norms, and gated layers with SiLU.
+FORMS = {"llama": 5 + 2, "smollm": 5 + 2, "qwen2": 5 + 2, "qwen3": 9 + 2, "gemma3": 13}
+
+
+@pytest.mark.parametrize("family", sorted(families.SUPPORTED))
+def test_the_known_modules_of_a_family_are_fused_and_only_inside_the_block(family: str) -> None:
+    model = families.SUPPORTED[family]()
+    fused = Fused(model)
+    with fused.installed(), fused.installed():
+        assert sum("forward" in vars(module) for module in model.modules()) == FORMS[family]
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", sorted(families.SUPPORTED))
+def test_fused_modules_give_the_models_own_numbers_and_gradients(family: str) -> None:
+    """Against the model itself in float64: the fused float32 pass is as near to it as the plain float32 one."""
+    ids = torch.randint(4, 300, (2, 19), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, dtype in (("exact", torch.float64), ("plain", torch.float32), ("fused", torch.float32)):
+        model = families.SUPPORTED[family]().to(dtype)
+        with Fused(model).installed() if name == "fused" else nullcontext():
+            logits = model(input_ids=ids).logits
+        logits.log_softmax(-1).gather(-1, ids[..., None]).sum().backward()
+        found[name] = torch.cat([logits.flatten(), *(p.grad.flatten() for p in model.parameters())]).double()
+    error = {name: (found[name] - found["exact"]).norm() / found["exact"].norm() for name in ("plain", "fused")}
+    assert error["fused"] < max(4 * error["plain"], 1e-6), error
+    assert not torch.equal(found["fused"], found["plain"]), "nothing was fused"
+
+
+@pytest.mark.parametrize("function, shapes", [
+    (_Norm, [(2, 3, 8), (8,)]), (_Gated, [(2, 3, 8), (5, 8), (5, 8), (8, 5)]),
+    (_Rotated, [(1, 2, 3, 8), (1, 1, 3, 8), (1, 1, 3, 8)]),
+])
+def test_the_gradient_of_a_fused_function_is_that_of_its_differences(function: Any, shapes: list[Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    if function is _Rotated:
+        inputs[0].requires_grad_()
+    else:
+        inputs = [x.requires_grad_() for x in inputs]
+    rest = (1e-6,) if function is _Norm else ()
+    assert torch.autograd.gradcheck(lambda *given: function.apply(*given, *rest), inputs)
+
+
+def test_a_module_that_only_looks_like_a_known_one_keeps_its_forward() -> None:
+    class OddRMSNorm(type(families.llama().model.norm)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 1.001
+
+    model = families.llama()
+    model.model.norm.__class__ = OddRMSNorm
+    with Fused(model).installed():
+        assert "forward" not in vars(model.model.norm) and "forward" in vars(model.model.layers[0].input_layernorm)
 
 
 def test_the_heap_is_told_to_give_back_unless_the_user_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from selftaught import data, privilege, reward
+from selftaught.before import check_before
 from selftaught.data import Cursor, Dataset, Renderer
 from selftaught.errors import UserError
 from selftaught.methods import Method, Several, checked
@@ -114,6 +115,7 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     An adapter's folder can be evaluated (`trains` False), but not trained on.
     """
     method = run.method.build()
+    check_before(run)
     device_of(run)
     check_model(run.model)
     if trains and (base := base_name(run.model)) != run.model:

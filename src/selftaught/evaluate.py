@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from selftaught import data, privilege
 from selftaught.assemble import External, Ground, Say, context_of, lay_ground, load_engine, sample_and_verify
+from selftaught.before import rows_before
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, read_rows, rows_of, select, summarise
 from selftaught.records import Problem, Prompt, Request, Sampling
@@ -43,10 +44,16 @@ def sample_rows(ground: Ground, engine: Engine, problems: Sequence[Problem], pro
     `model` is whose engine it is; None: the student.
     """
     run = ground.run
+    texts = [ground.tokenizer.decode(list(prompt.token_ids)) for prompt in prompts]
+    if step == 0:
+        shown = [(problem.id, text) for problem, text in zip(problems, texts, strict=True)]
+        before = rows_before(run, arm, model or run.model, shown, samples, sampling_of(ground))
+        if before is not None:
+            return before
     asked = [Request(problem, prompt, EVALUATION, run.seed) for problem, prompt in zip(problems, prompts, strict=True)]
     rollouts, verdicts = sample_and_verify(ground, engine, asked, samples, sampling_of(ground))
-    texts = [ground.tokenizer.decode(list(rollout.prompt.token_ids)) for rollout in rollouts]
-    return rows_of(rollouts, verdicts, model=model or run.model, seed=run.seed, step=step, arm=arm, prompts=texts)
+    return rows_of(rollouts, verdicts, model=model or run.model, seed=run.seed, step=step, arm=arm,
+                   prompts=[text for text in texts for _ in range(samples)])
 
 
 def evaluate(ground: Ground, engine: Engine, folder: RunFolder, step: int) -> dict[str, Any]:

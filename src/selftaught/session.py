@@ -19,7 +19,8 @@ from selftaught.optim import Checkpoint, Checkpoints
 from selftaught.report import Health, Progress, RunFolder, Trackers, versions
 from selftaught.run import Run
 
-MAY_CHANGE = ("out", "report", "checkpoint")  # what a resumed run may set anew: nothing that touches its numbers
+# What a resumed run may set anew: nothing that touches its numbers.
+MAY_CHANGE = ("out", "report", "checkpoint", "eval.before")
 
 
 class Interrupts:

@@ -23,6 +23,9 @@ class EvalConfig(Section):
     top_k: int | None = Field(None, ge=1, description="sample among the k likeliest tokens; null: untruncated")
     max_completion_length: int | None = Field(None, ge=1, description="tokens of a response; null: the rollout's own")
     controls: bool = Field(True, description="also measure another problem's prompt and the teacher's own accuracy")
+    before: str | None = Field(
+        None, description="a run's folder whose rows of the evaluation before training are taken over where model, "
+        "prompts, sampling, seed and reward are the same; the others are sampled")
     best: str | None = Field("pass@1", description="measure by which the best checkpoint is kept; null: keep none")
 
     @field_validator("k", mode="before")

@@ -78,8 +78,25 @@ class _Rows:
 
     responses: int
     longest: int
-    index: Tensor  # (responses longest,): where each place's token lies in the packed tokens
-    real: Tensor | None  # which of them are no padding; None: all
+    index: Tensor | None  # (responses longest,): the token at each place, among the group's; None: already so
+    real: Tensor | None  # which places are no padding; None: all
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> _Rows:
+        longest = max(lengths)
+        if min(lengths) == longest:
+            return cls(len(lengths), longest, None, None)
+        sizes = torch.tensor(lengths, device=device)
+        first = torch.cumsum(sizes, 0) - sizes
+        offset = torch.arange(longest, device=device)[None, :]
+        real = offset < sizes[:, None]
+        index = torch.where(real, first[:, None] + offset, torch.zeros_like(offset))
+        return cls(len(lengths), longest, index.flatten(), real.flatten().nonzero().flatten())
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(heads, tokens of the group's responses, D) to (G, heads, R, D)."""
+        placed = x if self.index is None else x.index_select(1, self.index)
+        return placed.unflatten(1, (self.responses, self.longest)).transpose(0, 1)
 
 
 class Segments:
@@ -89,38 +106,28 @@ class Segments:
         self.common = packed.common
         self.groups = packed.groups
         device = packed.token_ids.device
+        self._sizes = [self.common]  # a cut of the packed tokens: the gradient of one cut is one block, of slices many
         self._rows: list[_Rows | None] = []
         self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
         for group in packed.groups:
-            lengths = torch.tensor(group.responses, device=device)
-            longest = int(lengths.max()) if len(group.responses) else 0
-            if longest == 0:
-                self._rows.append(None)
-                continue
-            first = group.start + group.prompt + torch.cumsum(lengths, 0) - lengths
-            offset = torch.arange(longest, device=device)[None, :]
-            real = offset < lengths[:, None]
-            index = torch.where(real, first[:, None] + offset, first[:1, None])
-            even = min(group.responses) == longest
-            self._rows.append(_Rows(len(group.responses), longest, index.flatten(),
-                                    None if even else real.flatten().nonzero().flatten()))
+            written = sum(group.responses)
+            self._sizes += [group.prompt, written]
+            self._rows.append(_Rows.of(group.responses, device) if written else None)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
                window: int | None) -> Tensor:
         repeat = query.shape[0] // key.shape[0]
         if repeat > 1 and not _shares_heads(query):
             key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
-        head_k, head_v = key[:, : self.common], value[:, : self.common]
-        pieces = []
-        if self.common:
-            pieces.append(self._causal(query[:, : self.common], head_k, head_v, scaling, window))
-        for group, rows in zip(self.groups, self._rows, strict=True):
-            span = slice(group.start, group.start + group.prompt)
-            prompt_k = torch.cat([head_k, key[:, span]], dim=1) if self.common else key[:, span]
-            prompt_v = torch.cat([head_v, value[:, span]], dim=1) if self.common else value[:, span]
-            pieces.append(self._causal(query[:, span], prompt_k, prompt_v, scaling, window))
+        (head_q, *q), (head_k, *k), (head_v, *v) = (x.split(self._sizes, dim=1) for x in (query, key, value))
+        pieces = [self._causal(head_q, head_k, head_v, scaling, window)] if self.common else []
+        for at, rows in zip(range(0, len(q), 2), self._rows, strict=True):
+            prompt_k = torch.cat([head_k, k[at]], dim=1) if self.common else k[at]
+            prompt_v = torch.cat([head_v, v[at]], dim=1) if self.common else v[at]
+            pieces.append(self._causal(q[at], prompt_k, prompt_v, scaling, window))
             if rows is not None:
-                pieces.append(self._responses(rows, query, key, value, prompt_k, prompt_v, scaling, window))
+                own = q[at + 1], k[at + 1], v[at + 1]
+                pieces.append(self._responses(rows, own, prompt_k, prompt_v, scaling, window))
         return torch.cat(pieces)
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -132,20 +139,18 @@ class Segments:
         out = _sdpa(q[None], k[None], v[None], mask, scaling)
         return out[0].transpose(0, 1)
 
-    def _responses(self, rows: _Rows, query: Tensor, key: Tensor, value: Tensor, prompt_k: Tensor,
-                   prompt_v: Tensor, scaling: float, window: int | None) -> Tensor:
-        responses, longest = rows.responses, rows.longest
+    def _responses(self, rows: _Rows, own: tuple[Tensor, Tensor, Tensor], prompt_k: Tensor, prompt_v: Tensor,
+                   scaling: float, window: int | None) -> Tensor:
+        """A group's responses, each against the prompt and itself: (tokens, Hq, D)."""
+        query, key, value = (rows.padded(x) for x in own)
         heads, prompt = prompt_k.shape[:2]
 
-        def padded(x: Tensor) -> Tensor:  # (heads, T, D) to (G, heads, R, D)
-            return x.index_select(1, rows.index).unflatten(1, (responses, longest)).transpose(0, 1)
+        def context(shared: Tensor, written: Tensor) -> Tensor:
+            return torch.cat([shared.expand(rows.responses, heads, prompt, -1), written], dim=2)
 
-        def context(shared: Tensor, own: Tensor) -> Tensor:
-            return torch.cat([shared.expand(responses, heads, prompt, -1), padded(own)], dim=2)
-
-        window = None if window is None or window >= prompt + longest else window
-        mask = self._mask(longest, prompt, longest, window, query)
-        out = _sdpa(padded(query), context(prompt_k, key), context(prompt_v, value), mask, scaling)
+        window = None if window is None or window >= prompt + rows.longest else window
+        mask = self._mask(rows.longest, prompt, rows.longest, window, query)
+        out = _sdpa(query, context(prompt_k, key), context(prompt_v, value), mask, scaling)
         flat = out.transpose(1, 2).flatten(0, 1)
         return flat if rows.real is None else flat.index_select(0, rows.real)
 

@@ -14,12 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from selftaught.errors import UserError
 from selftaught.records import Section
 from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
-from selftaught.score.thin import thin, thin_linear
+from selftaught.score.fused import Fused
+from selftaught.score.prepacked import Prepacked, prepacked
 from selftaught.tensors import Packed, pack, upcast
 from selftaught.vocabulary import Head, finish, project
 
@@ -58,8 +60,10 @@ class Backbone:
         bias = getattr(embeddings, "bias", None)
         self._head = names[id(embeddings.weight)], None if bias is None else names[id(bias)]
         self._scale, self._softcap = _logit_transform(self.config)
+        self._fused = Fused(model)
         self._frozen = 0  # how many `frozen` blocks are open
         self._upcast: Head | None = None  # the head in float32, until the last of them closes
+        self._products: Prepacked | None = None  # inside `decoding`, where weights do not change
         recurrent = "cache_params" in inspect.signature(self._base.forward).parameters  # as Mamba calls its state
         self._cache = "cache_params" if recurrent else "past_key_values"
 
@@ -93,7 +97,8 @@ class Backbone:
                 self._upcast = replace(head, weight=upcast(head.weight.detach()))
             head = self._upcast
         bias = None if head.bias is None else upcast(head.bias)
-        return finish(thin_linear(upcast(hidden_nH), head.weight, bias), head)
+        product = linear if self._products is None else self._products.linear
+        return finish(product(upcast(hidden_nH), head.weight, bias), head)
 
     def hidden(self, packed: Packed, weights: Named | None = None) -> Tensor:
         """The hidden states (N, H) that predict each scored token, in rollout order."""
@@ -118,7 +123,8 @@ class Backbone:
 
     def step(self, token_ids_BT: Tensor, past: Any) -> tuple[Tensor, Any]:
         """The model's own incremental forward, for decoding where `run` cannot: last hidden states (B, H), cache."""
-        out = self._base(input_ids=token_ids_BT, use_cache=True, **{self._cache: past})
+        with self._fused.installed():
+            out = self._base(input_ids=token_ids_BT, use_cache=True, **{self._cache: past})
         return out.last_hidden_state[:, -1], getattr(out, self._cache)
 
     def _plain(self, packed: Packed, weights: Named | None) -> Tensor:
@@ -137,10 +143,11 @@ class Backbone:
     def _call(self, inputs: dict[str, Any], weights: Named | None) -> Tensor:
         inputs = {**inputs, "use_cache": False}
         if weights is None:
-            return self._base(**inputs).last_hidden_state
+            with self._fused.installed():
+                return self._base(**inputs).last_hidden_state
         own = {name.removeprefix(self._prefix): value for name, value in weights.items()
                if name.startswith(self._prefix)}
-        with self.frozen():
+        with self.frozen(), self._fused.installed():
             return functional_call(self._base, own, (), inputs).last_hidden_state
 
     @contextmanager
@@ -162,9 +169,12 @@ class Backbone:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """`frozen`, with linear layers in the form that is fast on the few rows of a decoding step."""
-        with self.frozen(), thin(self.model):
-            yield
+        """`frozen`, with linear layers in the form that is fast where the same weights serve many steps."""
+        with self.frozen(), self._fused.installed(), prepacked(self.model) as self._products:
+            try:
+                yield
+            finally:
+                self._products = None
 
     def save(self, folder: Path, base: str) -> None:
         """Write the model as `from_pretrained` reads it; where an adapter is trained, that alone, with its `base`."""
@@ -187,9 +197,14 @@ class Backbone:
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True
 
-    def _same_attention(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def _same_attention(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Contexts of a layer's pass and of its recomputation, which runs after `run` has put the attention back."""
-        return nullcontext(), self._attention(self.config._attn_implementation)
+        return nullcontext(), self._recomputed(self.config._attn_implementation)
+
+    @contextmanager
+    def _recomputed(self, attention: str) -> Iterator[None]:
+        with self._attention(attention), self._fused.installed():
+            yield
 
     @contextmanager
     def _attention(self, name: str) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Every method on one task from its small recipe, beside what its teacher is worth without its knowledge.
 
-Runs are processes of the command line, some at a time, each in a folder of its own; what is finished is not run again.
+Runs are processes of the command line, some at a time, each in a folder of its own; what is finished is not run again,
+and what the first run of a seed measured before training the others take over.
 The self-taught methods in CONTROLLED are also run with an empty and with a wrong privilege: where those do as well, the
 gain is not the teacher's. The table is made from saved completions alone.
 """
@@ -119,8 +120,10 @@ def _one(arm: Arm, out: Path, jobs: int, say: Say, extra: Sequence[str], teacher
         shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint: nothing in it is needed
     folder.parent.mkdir(parents=True, exist_ok=True)
     external = [f"teacher={teacher}"] if load_run(f"small/{arm.method}").teacher is not None else []
+    first = teacher.parent.with_name(Arm("grpo", "right", arm.seed).name)
+    before = [f"eval.before={first}"] if first != folder and (first / "results.json").is_file() else []
     command = [sys.executable, "-m", "selftaught.cli", "train", f"small/{arm.method}", f"out={folder}",
-               f"seed={arm.seed}", *overrides(arm), *external, *extra,
+               f"seed={arm.seed}", *overrides(arm), *external, *before, *extra,
                *(["--resume"] if resume else [])]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     say(f"{arm.name}: {'resumed' if resume else 'started'}")

@@ -1,0 +1,201 @@
+"""A decoder layer's small operations by hand, for a CPU: RMS norms, gated feed-forward layers and rotary positions.
+
+transformers writes them as a dozen single operations. On a CPU each one writes a new block of memory, which costs more
+than the arithmetic (the kernel hands out zeroed pages), and the backward pass keeps most of them: half of all
+activations. Here each is one function that keeps its inputs alone and works in place. The numbers are the
+same but for the order of roundings. A module is replaced only if it gives the numbers of its own forward on a probe,
+and works as before on anything but float32 on a CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, silu
+
+CLOSE = 1e-5  # of the largest number of a probe
+ROTARY = "apply_rotary_pos_emb"  # the name of the function in every model file of transformers that has one
+
+
+class _Norm(torch.autograd.Function):
+    """x w / sqrt(mean(x^2) + eps) over the last axis, (..., H)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        normed = x * inverse
+        of_weight = torch.linalg.vecdot(grad.flatten(0, -2), normed.flatten(0, -2), dim=0) if ctx.needs_input_grad[1] \
+            else None
+        of_x = grad * weight
+        along = torch.linalg.vecdot(of_x, normed).div_(x.shape[-1]).unsqueeze(-1)
+        return of_x.sub_(normed.mul_(along)).mul_(inverse), of_weight, None
+
+
+class _Gated(torch.autograd.Function):
+    """(silu(x G^T) * x U^T) D^T, keeping x and the two products: (..., H)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        gated, raised = linear(x, gate), linear(x, up)
+        ctx.save_for_backward(x, gated, raised, gate, up, down)
+        return linear(silu(gated).mul_(raised), down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gated, raised, gate, up, down = ctx.saved_tensors
+        x, gated, raised, grad_nH = (t.flatten(0, -2) for t in (x, gated, raised, grad))
+        active = silu(gated)
+        of_gate = of_up = of_down = of_x = None
+        if ctx.needs_input_grad[3]:
+            of_down = grad_nH.t() @ (active * raised)
+        inner = grad_nH @ down
+        of_raised = active.mul_(inner)
+        of_gated = torch.ops.aten.silu_backward(inner.mul_(raised), gated)
+        if ctx.needs_input_grad[1]:
+            of_gate = of_gated.t() @ x
+        if ctx.needs_input_grad[2]:
+            of_up = of_raised.t() @ x
+        if ctx.needs_input_grad[0]:
+            of_x = torch.addmm(of_gated @ gate, of_raised, up).view_as(grad)
+        return of_x, of_gate, of_up, of_down
+
+
+class _Rotated(torch.autograd.Function):
+    """x cos + rotate_half(x) sin, the halves of the last axis turned against each other: as x, (..., D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        out = x * cos
+        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        half = grad.shape[-1] // 2
+        out = grad * cos
+        out[..., :half].addcmul_(grad[..., half:], sin[..., half:])
+        out[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
+        return out, None, None
+
+
+def fused(x: Tensor) -> bool:
+    """Is this what the functions here are for?"""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _norm(module: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
+    weight: Any = module.weight
+    if not fused(x) or weight.dtype != x.dtype:
+        return type(module).forward(module, x)
+    return _Norm.apply(x, weight + offset if offset else weight, eps)
+
+
+def _gated(module: Any, x: Tensor) -> Tensor:
+    projections = (module.gate_proj, module.up_proj, module.down_proj)
+    plain = all(type(p) is nn.Linear and p.bias is None and "forward" not in vars(p) for p in projections)
+    if not fused(x) or not plain or projections[0].weight.dtype != x.dtype:
+        return type(module).forward(module, x)
+    return _Gated.apply(x, *(p.weight for p in projections))
+
+
+def _rotary(original: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any,
+            unsqueeze_dim: int = 1, **more: Any) -> tuple[Tensor, Tensor]:
+    if rest or more or not fused(q) or cos.dtype != q.dtype or cos.shape[-1] != q.shape[-1]:
+        return original(q, k, cos, sin, *rest, unsqueeze_dim=unsqueeze_dim, **more)
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)
+
+
+class Fused:
+    """The fused forms of one model's modules, installed while it runs under this library."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Look at every module of `model`; nothing is changed yet."""
+        self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        self._rotaries: dict[str, Callable[..., Any]] = {}  # by model file, the function in place of its own
+        known: dict[tuple[Any, ...], Callable[..., Tensor] | None] = {}
+        for module in model.modules():
+            key = (type(module), getattr(module, "variance_epsilon", getattr(module, "eps", None)))
+            if key not in known:
+                known[key] = _form_of(module)
+            form = known[key]
+            if form is not None:
+                self._forwards.append((module, partial(form, module)))
+            file = sys.modules[type(module).__module__]
+            if ROTARY in vars(file) and file.__name__ not in self._rotaries and _turns_halves(vars(file)[ROTARY]):
+                self._rotaries[file.__name__] = partial(_rotary, vars(file)[ROTARY])
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside this block the model's modules are the fused ones; blocks may be nested."""
+        new = [(module, forward) for module, forward in self._forwards if "forward" not in vars(module)]
+        files = {sys.modules[name]: function for name, function in self._rotaries.items()}
+        before = {file: vars(file)[ROTARY] for file in files}
+        try:
+            for module, forward in new:
+                module.forward = forward  # type: ignore[method-assign]
+            for file, function in files.items():
+                setattr(file, ROTARY, function)
+            yield
+        finally:
+            for file, function in before.items():
+                setattr(file, ROTARY, function)
+            for module, _ in new:
+                del module.forward
+
+
+def _form_of(module: nn.Module) -> Callable[..., Tensor] | None:
+    """The fused forward of a module of this kind, if one gives the same numbers on a probe."""
+    names = {name for name, _ in module.named_parameters()}
+    if names == {"weight"} and "RMSNorm" in type(module).__name__:
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        forms: list[Callable[..., Tensor]] = [] if eps is None else [
+            lambda own, x, offset=offset: _norm(own, eps, offset, x) for offset in (0.0, 1.0)]
+    elif names == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}:
+        forms = [_gated]
+    else:
+        return None
+    weight = next(module.parameters())
+    with torch.no_grad():
+        noise = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0))
+        x = noise.to(weight.device, weight.dtype)
+        if not fused(x):
+            return None
+        own = type(module).forward(module, x)
+        return next((form for form in forms if _close(form(module, x), own)), None)
+
+
+def _turns_halves(function: Callable[..., Any]) -> bool:
+    """Is this model file's function the usual one?"""
+    q, k, cos, sin = torch.randn(4, 1, 1, 3, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    try:
+        own = function(q, k, cos[0], sin[0])
+        ours = _rotary(function, q, k, cos[0], sin[0])
+    except Exception:  # another signature or another layout: it may raise anything
+        return False
+    return all(_close(a, b) for a, b in zip(ours, own, strict=True))
+
+
+def _close(ours: Tensor, own: Tensor) -> bool:
+    return ours.shape == own.shape and bool((ours - own).abs().max() <= CLOSE * own.abs().max().clamp_min(1))
