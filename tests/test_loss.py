@@ -195,7 +195,6 @@ def test_a_distribution_is_torchs_categorical_at_its_temperature(temperature: fl
     torch.testing.assert_close(dist.at_sampled, wanted.log_prob(TOKENS))
     torch.testing.assert_close(dist.log_probs.exp(), wanted.probs)
     torch.testing.assert_close(dist.entropy(), wanted.entropy())
-    torch.testing.assert_close(dist.log_normaliser, (raw / temperature).logsumexp(-1))
 
 
 def test_at_replaces_the_temperature_exactly() -> None:
@@ -214,7 +213,7 @@ def test_rows_of_a_distribution_are_distributions_in_their_own_right(rows: Tenso
     raw = normal(4, 5, std=4)
     whole = TokenDist(raw, TOKENS, temperature)
     if asked_first:
-        _ = whole.log_normaliser
+        _ = whole.log_probs
     part = whole[rows]
     assert torch.equal(part.tokens, TOKENS[rows])
     torch.testing.assert_close(part.at_sampled, whole.at_sampled[rows])
@@ -332,6 +331,20 @@ def test_gradients_go_to_those_of_hidden_weight_and_bias_that_ask(asking: tuple[
             torch.testing.assert_close(part.grad, 2.5 * wanted)
         else:
             assert part.grad is None
+
+
+def test_a_head_gradient_that_is_added_at_once_is_the_returned_one_and_refuses_a_later_scale() -> None:
+    hidden, heads, tokens, credit, weight = head_case()
+    plain = torch.autograd.grad(chunked_loss(forward_kl, hidden, heads, tokens, credit, weight, chunk=4).loss,
+                                (hidden["student"], heads["student"].weight))
+    into = torch.ones_like(heads["student"].weight)
+    loss = chunked_loss(forward_kl, hidden, heads, tokens, credit, weight, chunk=4, head_grad=into).loss
+    loss.backward(retain_graph=True)
+    assert heads["student"].weight.grad is None
+    torch.testing.assert_close(into - 1, plain[1])
+    torch.testing.assert_close(hidden["student"].grad, plain[0])
+    with pytest.raises(RuntimeError, match=r"scales it by 0\.5"):
+        (loss / 2).backward()
 
 
 def test_under_no_grad_the_chunked_head_only_counts() -> None:

@@ -17,7 +17,7 @@ from selftaught.assemble import make_batch
 from selftaught.errors import UserError
 from selftaught.loss import chunked_loss
 from selftaught.methods import Method, batch_credit, build
-from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, Verdict, View
+from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, TokenLoss, Verdict, View
 from selftaught.score import Backbone, Scorer, heap
 from selftaught.score.attention import Segments
 from selftaught.score.fused import Fused, _Gated, _Norm, _Rotated
@@ -568,6 +568,40 @@ def test_the_gradient_of_a_fused_function_is_that_of_its_differences(function: A
         inputs = [x.requires_grad_() for x in inputs]
     rest = (1e-6,) if function is _Norm else ()
     assert torch.autograd.gradcheck(lambda *given: function.apply(*given, *rest), inputs)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # a tied head, and one of its own
+@pytest.mark.parametrize("rows", [None, 310])
+def test_gradients_added_in_place_are_the_gradients(family: str, rows: int | None) -> None:
+    """Two micro-batches, with the padding token in a prompt: it teaches the embedding nothing, as ever."""
+    found = []
+    for in_place in (False, True):
+        backbone = Backbone(families.SUPPORTED[family](), rows=rows)
+        with backbone.accumulating() if in_place else nullcontext() as head_grad:
+            for seed in (0, 1):
+                response = tuple(token % 300 for token in ids(4, seed + 2))
+                packed = pack([(0, *ids(5, seed)), (0, *ids(6, seed + 7))], [response] * 2)
+                reduced = chunked_loss(
+                    lambda student, views, credit: TokenLoss(-student.at_sampled, {}),
+                    {"student": backbone.hidden(packed)}, {"student": backbone.head()},
+                    torch.tensor([t for _, response in packed.rows for t in response]), {}, torch.ones(8), chunk=3,
+                    head_grad=head_grad)
+                reduced.loss.backward()
+        found.append({name: p.grad for name, p in backbone.model.named_parameters()})
+    for name, plain in found[0].items():
+        torch.testing.assert_close(found[1][name], plain, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_the_embedding_makes_no_gradient_of_its_own_where_one_is_there() -> None:
+    """The padding row of an embedding with a gradient stays as it was, and the others are added to, once."""
+    model = families.llama(tie_word_embeddings=False)
+    embedding, fused = model.get_input_embeddings(), Fused(model)
+    embedding.weight.grad = torch.full_like(embedding.weight, 2.0)
+    before, fused.adds = embedding.weight.grad, True
+    with fused.installed():
+        embedding(torch.tensor([0, 5, 5, 7])).sum().backward()
+    assert embedding.weight.grad is before
+    assert before[[0, 5, 7, 8], 0].tolist() == [2.0, 4.0, 3.0, 2.0]
 
 
 def test_a_module_that_only_looks_like_a_known_one_keeps_its_forward() -> None:

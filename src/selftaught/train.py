@@ -165,15 +165,16 @@ def update(session: Session, batch: Batch, logp: Mapping[str, Tensor]) -> dict[s
         method, batch.tokens, logp, reduction=run.loss.reduction, length=run.loss.length,
         sampler_cap=run.loss.sampler_cap)
     loss, found = 0.0, []
-    for micro in scorer.split(batch):
-        rows = micro.tokens
-        reduced = chunked_loss(
-            method.loss, scorer.hidden(batch, micro), scorer.heads(), batch.tokens.tokens[rows],
-            {name: value[rows] for name, value in credit.items()}, weight[rows] * correction[rows],
-            chunk=run.loss.chunk, temperature=run.rollout.temperature)
-        reduced.loss.backward()
-        loss += reduced.loss.item()
-        found.append(reduced.metrics)
+    with parts.backbone.accumulating() as head_grad:
+        for micro in scorer.split(batch):
+            rows = micro.tokens
+            reduced = chunked_loss(
+                method.loss, scorer.hidden(batch, micro), scorer.heads(), batch.tokens.tokens[rows],
+                {name: value[rows] for name, value in credit.items()}, weight[rows] * correction[rows],
+                chunk=run.loss.chunk, temperature=run.rollout.temperature, head_grad=head_grad)
+            reduced.loss.backward()
+            loss += reduced.loss.item()
+            found.append(reduced.metrics)
     metrics = {"loss": loss} | token_metrics(batch, credit, found, run.loss.sampler_cap,
                                               session.parts.ground.privileged)
     if batch.tokens.logp_old is None:

@@ -87,28 +87,22 @@ class TokenDist:
         return self._raw if self.temperature == 1.0 else self._raw / self.temperature
 
     @cached_property
-    def log_normaliser(self) -> Tensor:
-        """log sum exp of the logits: (n,)."""
-        return torch.logsumexp(self.logits, dim=-1)
-
-    @cached_property
     def at_sampled(self) -> Tensor:
         """Log-prob of the sampled token in nats: (n,)."""
-        picked = self.logits.gather(-1, self.tokens[:, None]).squeeze(-1)
-        return picked - self.log_normaliser
+        return self.log_probs.gather(-1, self.tokens[:, None]).squeeze(-1)
 
     @cached_property
     def log_probs(self) -> Tensor:
         """(n, V) in nats."""
-        return self.logits - self.log_normaliser[:, None]
+        return torch.log_softmax(self.logits, dim=-1)  # one pass forward and one back, where its parts are five
 
     def entropy(self) -> Tensor:
         """In nats: (n,)."""
-        if not torch.is_grad_enabled():  # two temporaries instead of five; the floor keeps 0 * -inf from being NaN
-            log_probs = (self.logits - self.log_normaliser[:, None]).clamp_(min=NO_MASS)
-            return -torch.linalg.vecdot(log_probs.exp(), log_probs)
-        probs = (self.logits - self.log_normaliser[:, None]).exp()
-        return self.log_normaliser - product(probs, self.logits).sum(-1)
+        log_probs = self.log_probs
+        if torch.is_grad_enabled():
+            return -product(log_probs.exp(), log_probs).sum(-1)
+        floored = log_probs.clamp(min=NO_MASS)  # keeps 0 * -inf from being NaN
+        return -(floored.exp()[:, None, :] @ floored[:, :, None])[:, 0, 0]
 
     def at(self, temperature: float) -> TokenDist:
         """The same logits at another temperature."""
@@ -119,8 +113,8 @@ class TokenDist:
     def __getitem__(self, rows: Tensor) -> TokenDist:
         """The distributions of some of the tokens, by mask or index."""
         part = TokenDist(lambda: self._raw[rows], self.tokens[rows], self.temperature)
-        if "log_normaliser" in self.__dict__:
-            part.log_normaliser = self.log_normaliser[rows]
+        if "log_probs" in self.__dict__:
+            part.log_probs = self.log_probs[rows]
         return part
 
 
@@ -139,11 +133,6 @@ class Mixture(TokenDist):
     def logits(self) -> Tensor:
         """(n, V): the log-probs themselves."""
         return log_mean_exp([part.log_probs for part in self._parts], self._present)
-
-    @cached_property
-    def log_normaliser(self) -> Tensor:
-        """0: the mean of distributions is one."""
-        return torch.zeros_like(self.at_sampled)
 
     @cached_property
     def at_sampled(self) -> Tensor:

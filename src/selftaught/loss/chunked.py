@@ -35,6 +35,7 @@ class _Gradients:
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    placed: bool = False  # the weight's is where it belongs already
 
 
 class _Precomputed(torch.autograd.Function):
@@ -48,7 +49,10 @@ class _Precomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        found = (ctx.grads.hidden, ctx.grads.weight, ctx.grads.bias)
+        found = (ctx.grads.hidden, None if ctx.grads.placed else ctx.grads.weight, ctx.grads.bias)
+        if ctx.grads.placed and scale.item() != 1:
+            raise RuntimeError(f"the gradient of this loss's head was added in the forward pass, and the backward pass "
+                               f"scales it by {scale.item()}; put the factor into the weights of the tokens")
         if scale.item() == 1:  # as of `loss.backward()`: no copy of the head's gradient, the largest tensor here
             return (None, None, *found)
         return (None, None, *(None if g is None else g * scale.to(g.dtype) for g in found))
@@ -60,12 +64,17 @@ def masked(loss_n: Tensor, weight_n: Tensor) -> Tensor:
 
 
 def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mapping[str, Head], tokens_N: Tensor,
-                 credit: Credit, weight_N: Tensor, *, chunk: int | None = None, temperature: float = 1.0) -> Reduced:
+                 credit: Credit, weight_N: Tensor, *, chunk: int | None = None, temperature: float = 1.0,
+                 head_grad: Tensor | None = None) -> Reduced:
     """sum_n weight_n loss_n, with gradients for hidden["student"] and heads["student"] alone.
 
     hidden: (N, H) for "student" and for each view; heads: the head of each. A view is taken from `hidden` when the
     loss first asks for its distribution: in a lazy mapping it may be made there. Peak memory beyond the inputs and
     their gradients is O(chunk x V). Under `no_grad` nothing is differentiated.
+
+    `head_grad` (V, H), in float32: the gradient of the head's weight is added to it here and now, and `backward` must
+    be called on the loss as it is (RuntimeError otherwise). Without it the backward pass returns that gradient, which
+    is as large as the head.
     """
     student, head = hidden["student"], heads["student"]
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (student, head.weight, head.bias)]
@@ -73,8 +82,9 @@ def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mappin
     bias32 = None if head.bias is None else upcast(head.bias.detach())
     grads = _Gradients(
         torch.zeros_like(student) if needs[0] else None,
-        None,  # the first chunk makes it: filling it with zeros first would cost as much as a chunk
+        head_grad if needs[1] else None,  # None: the first chunk makes it; to fill it with zeros takes a chunk's time
         torch.zeros_like(bias32) if needs[2] and bias32 is not None else None,
+        placed=head_grad is not None,
     )
     total = weight32.new_zeros(())
     losses: list[Tensor] = []

@@ -176,6 +176,25 @@ class Backbone:
             finally:
                 self._products = None
 
+    @contextmanager
+    def accumulating(self) -> Iterator[Tensor | None]:
+        """Passes inside this block, and their backward passes, add the gradients of embedding and head in place.
+
+        Hands out where the head's belongs, for `chunked_loss`; None where gradients are gathered elsewhere. Without
+        this every micro-batch makes and adds one more tensor of the vocabulary's size for each of the two.
+        """
+        weight = self.model.get_output_embeddings().weight
+        if not weight.requires_grad or weight.dtype != upcast(weight[:0]).dtype:
+            yield None
+            return
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        self._fused.adds = True
+        try:
+            yield weight.grad[: self._rows]
+        finally:
+            self._fused.adds = False
+
     def save(self, folder: Path, base: str) -> None:
         """Write the model as `from_pretrained` reads it; where an adapter is trained, that alone, with its `base`."""
         if adapter(self.model):

@@ -99,6 +99,23 @@ class _Rotated(torch.autograd.Function):
         return out, None, None
 
 
+class _Embedded(torch.autograd.Function):
+    """Rows of an embedding (V, H) by ids (...), whose gradient is added to `into` (V, H) in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, into: Tensor, padding: int | None) -> Tensor:
+        ctx.ids, ctx.into, ctx.padding = ids, into, padding
+        return weight[ids]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        if ctx.padding is not None:
+            grad = grad.masked_fill((ctx.ids == ctx.padding)[..., None], 0)
+        ctx.into.index_add_(0, ctx.ids.flatten(), grad.flatten(0, -2))
+        return None, None, None, None
+
+
 def fused(x: Tensor) -> bool:
     """Is this what the functions here are for?"""
     return x.device.type == "cpu" and x.dtype == torch.float32
@@ -119,6 +136,13 @@ def _gated(module: Any, x: Tensor) -> Tensor:
     return _Gated.apply(x, *(p.weight for p in projections))
 
 
+def _embedded(module: nn.Embedding, ids: Tensor) -> Tensor:
+    weight = module.weight
+    if not (fused(weight) and weight.is_leaf and weight.requires_grad and weight.grad is not None):
+        return type(module).forward(module, ids)
+    return _Embedded.apply(weight, ids, weight.grad, module.padding_idx)
+
+
 def _rotary(original: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any,
             unsqueeze_dim: int = 1, **more: Any) -> tuple[Tensor, Tensor]:
     if rest or more or not fused(q) or cos.dtype != q.dtype or cos.shape[-1] != q.shape[-1]:
@@ -134,6 +158,9 @@ class Fused:
         """Look at every module of `model`; nothing is changed yet."""
         self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._rotaries: dict[str, Callable[..., Any]] = {}  # by model file, the function in place of its own
+        self._embeddings = [(module, partial(_embedded, module)) for module in model.modules()
+                            if type(module) is nn.Embedding and module.max_norm is None]
+        self.adds = False  # do the embeddings add to the gradient that is there instead of making one as large?
         known: dict[tuple[Any, ...], Callable[..., Tensor] | None] = {}
         for module in model.modules():
             key = (type(module), getattr(module, "variance_epsilon", getattr(module, "eps", None)))
@@ -149,12 +176,13 @@ class Fused:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Inside this block the model's modules are the fused ones; blocks may be nested."""
-        new = [(module, forward) for module, forward in self._forwards if "forward" not in vars(module)]
+        known = [*self._forwards, *(self._embeddings if self.adds else ())]
+        new = [(module, forward) for module, forward in known if "forward" not in vars(module)]
         files = {sys.modules[name]: function for name, function in self._rotaries.items()}
         before = {file: vars(file)[ROTARY] for file in files}
         try:
             for module, forward in new:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward
             for file, function in files.items():
                 setattr(file, ROTARY, function)
             yield

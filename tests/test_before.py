@@ -1,0 +1,77 @@
+"""`eval.before`: what another run measured before its training is taken over, and only where it is the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import selftaught
+from own import cli, lines, make_home, recipe_of, write_recipe
+from selftaught.rollout import TransformersEngine
+from selftaught.train import Finished
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("before"))
+
+
+@pytest.fixture(scope="module")
+def first(home: Path) -> Finished:
+    return trained(home, "first")
+
+
+def trained(home: Path, name: str, **sections: Any) -> Finished:
+    given = recipe_of(home, out=str(home / "runs" / name), **{"optim": {"steps": 1}, **sections})
+    return selftaught.train(given, console=Console(quiet=True))
+
+
+def rows(run: Finished, step: int = 0) -> list[dict[str, Any]]:
+    return [row for row in lines(run.folder / "completions.jsonl") if row["step"] == step]
+
+
+def taking_over(home: Path, first: Finished, name: str, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> tuple[
+        Finished, list[int]]:
+    """A run with `eval.before`, and how many problems its engine was asked at each call."""
+    asked, submit = list[int](), TransformersEngine.submit
+
+    def counted(self: TransformersEngine, requests: Any, n: int, sampling: Any) -> None:
+        asked.append(len(requests))
+        submit(self, requests, n, sampling)
+
+    monkeypatch.setattr(TransformersEngine, "submit", counted)
+    evaluation = {"before": str(first.folder), **sections.pop("eval", {})}
+    return trained(home, name, eval=evaluation, **sections), asked
+
+
+def test_the_same_start_is_measured_once(home: Path, first: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, asked_plain = taking_over(home, first, "plain", monkeypatch, eval={"before": None})
+    monkeypatch.undo()
+    run, asked = taking_over(home, first, "same", monkeypatch)
+    assert rows(run) == rows(first) == rows(plain) and rows(run, 1) == rows(plain, 1)
+    assert run.results["difference"] == plain.results["difference"]
+    arms = {row["arm"] for row in rows(run)}
+    assert len(asked_plain) - len(asked) == len(arms) >= 1
+
+
+@pytest.mark.parametrize("changed", [
+    {"seed": 5}, {"eval": {"samples": 3}}, {"eval": {"temperature": 0.5}},
+    {"reward": [{"name": "exact", "weight": 0.5}, {"name": "length", "weight": 0.5, "buffer": 1}]},
+], ids=["seed", "samples", "temperature", "reward"])  # fmt: skip
+def test_another_start_is_sampled_anew(home: Path, first: Finished, changed: dict[str, Any],
+                                       monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    name = request.node.callspec.id
+    run, asked = taking_over(home, first, f"other-{name}", monkeypatch, **changed)
+    monkeypatch.undo()
+    plain = trained(home, f"alone-{name}", **changed)
+    assert rows(run) == rows(plain) and rows(run) != rows(first)
+    assert asked[0] == len({row["problem"] for row in rows(plain)})
+
+
+def test_a_folder_that_holds_no_evaluation_is_refused_before_a_model_loads(home: Path, tmp_path: Path) -> None:
+    path = write_recipe(home, "before.yaml", out=str(home / "runs" / "refused"))
+    said = cli("train", path, f"eval.before={tmp_path}")
+    assert said.code == 2 and "eval.before" in said.err and "run.yaml" in said.err and "Traceback" not in said.err
