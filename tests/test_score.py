@@ -20,7 +20,7 @@ from selftaught.methods import Method, batch_credit, build
 from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, TokenLoss, Verdict, View
 from selftaught.score import Backbone, Scorer, heap
 from selftaught.score.attention import Segments
-from selftaught.score.fused import Fused, _Gated, _Norm, _Rotated
+from selftaught.score.fused import Fused, _Gated, _Linear, _Norm, _Rotated
 from selftaught.score.prepacked import PATIENCE, ROWS, Prepacked
 from selftaught.tensors import MIN_COMMON, pack, upcast
 from selftaught.vocabulary import project, sampled_log_probs
@@ -501,7 +501,7 @@ def test_a_packed_weight_gives_the_numbers_of_the_plain_product(rows: tuple[int,
         for _ in range(PATIENCE + 2):
             out = products.linear(x, layer.weight, layer.bias)
             torch.testing.assert_close(out, layer(x), rtol=0, atol=1e-6)
-    packs = torch.backends.mkldnn.is_available() and x.numel() // 5 <= ROWS
+    packs = torch.backends.mkldnn.is_available() and layer(x).numel() // 7 <= ROWS
     assert len(products._packed) == int(packs)
 
 
@@ -526,8 +526,8 @@ def test_decoding_leaves_every_layer_as_it_was_also_after_an_error() -> None:
     assert not any("forward" in vars(layer) for layer in layers)
 
 
-# Norms, and gated layers with SiLU.
-FORMS = {"llama": 5 + 2, "smollm": 5 + 2, "qwen2": 5 + 2, "qwen3": 9 + 2, "gemma3": 13}
+# Norms, gated layers with SiLU, and linear layers without a bias.
+FORMS = {"llama": 5 + 2 + 15, "smollm": 5 + 2 + 15, "qwen2": 5 + 2 + 9, "qwen3": 9 + 2 + 15, "gemma3": 13 + 15}
 
 
 @pytest.mark.parametrize("family", sorted(families.SUPPORTED))
@@ -536,6 +536,8 @@ def test_the_known_modules_of_a_family_are_fused_and_only_inside_the_block(famil
     fused = Fused(model)
     with fused.installed(), fused.installed():
         assert sum("forward" in vars(module) for module in model.modules()) == FORMS[family]
+    with fused.installed(products=False), fused.installed():
+        assert {type(module).__name__[-7:] for module in model.modules() if "forward" in vars(module)} == {"RMSNorm"}
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -557,7 +559,7 @@ def test_fused_modules_give_the_models_own_numbers_and_gradients(family: str) ->
 
 @pytest.mark.parametrize("function, shapes", [
     (_Norm, [(2, 3, 8), (8,)]), (_Gated, [(2, 3, 8), (5, 8), (5, 8), (8, 5)]),
-    (_Rotated, [(1, 2, 3, 8), (1, 1, 3, 8), (1, 1, 3, 8)]),
+    (_Linear, [(2, 3, 8), (5, 8)]), (_Rotated, [(1, 2, 3, 8), (1, 1, 3, 8), (1, 1, 3, 8)]),
 ])
 def test_the_gradient_of_a_fused_function_is_that_of_its_differences(function: Any, shapes: list[Any]) -> None:
     generator = torch.Generator().manual_seed(0)

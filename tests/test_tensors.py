@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from selftaught import tensors
 from selftaught.tensors import (
     LOCAL,
     MIN_COMMON,
     Group,
     common_prefix,
     difference,
+    fast_linear,
     offsets,
     pack,
     product,
@@ -218,3 +220,13 @@ def test_segment_sum_and_mean_by_hand() -> None:
 def test_the_reducer_of_one_process_changes_nothing() -> None:
     x = torch.tensor([0.0, 1.0, 4.0])
     assert LOCAL.sum(x) is x and LOCAL.gather(x) is x and LOCAL.quantile(x, 0.75).item() == 2.5
+
+
+@pytest.mark.parametrize("amd", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_fast_product_is_the_product(amd: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "_has_amd_processor", lambda: amd)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 3, 16), (16, 5)))
+    for matrix in (weight.t(), weight.t().contiguous()):
+        torch.testing.assert_close(fast_linear(x, matrix), x @ weight)

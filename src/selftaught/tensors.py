@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -44,6 +46,26 @@ class Lazy(Mapping[str, Tensor]):
 def upcast(x: Tensor) -> Tensor:
     """float64 stays float64; everything else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+@cache
+def _has_amd_processor() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, (..., K) by (M, K) to (..., M), outside autograd.
+
+    On an AMD processor torch's usual library takes its slower kernels in float32: oneDNN's were measured at 1.1 to 1.6
+    times their speed, for the shapes of a transformer's forward and backward pass.
+    """
+    usual = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
+    if usual or not _has_amd_processor() or not torch.backends.mkldnn.is_available():
+        return x @ weight.t()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ class Backbone:
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """`frozen`, with linear layers in the form that is fast where the same weights serve many steps."""
-        with self.frozen(), self._fused.installed(), prepacked(self.model) as self._products:
+        with self.frozen(), self._fused.installed(products=False), prepacked(self.model) as self._products:
             try:
                 yield
             finally:

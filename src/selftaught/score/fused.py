@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
+
+from selftaught.tensors import fast_linear
 
 CLOSE = 1e-5  # of the largest number of a probe
 ROTARY = "apply_rotary_pos_emb"  # the name of the function in every model file of transformers that has one
@@ -51,9 +53,9 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        gated, raised = linear(x, gate), linear(x, up)
+        gated, raised = fast_linear(x, gate), fast_linear(x, up)
         ctx.save_for_backward(x, gated, raised, gate, up, down)
-        return linear(silu(gated).mul_(raised), down)
+        return fast_linear(silu(gated).mul_(raised), down)
 
     @staticmethod
     @once_differentiable
@@ -64,7 +66,7 @@ class _Gated(torch.autograd.Function):
         of_gate = of_up = of_down = of_x = None
         if ctx.needs_input_grad[3]:
             of_down = grad_nH.t() @ (active * raised)
-        inner = grad_nH @ down
+        inner = fast_linear(grad_nH, down.t())
         of_raised = active.mul_(inner)
         of_gated = torch.ops.aten.silu_backward(inner.mul_(raised), gated)
         if ctx.needs_input_grad[1]:
@@ -72,8 +74,25 @@ class _Gated(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             of_up = of_raised.t() @ x
         if ctx.needs_input_grad[0]:
-            of_x = torch.addmm(of_gated @ gate, of_raised, up).view_as(grad)
+            of_x = fast_linear(of_gated, gate.t()).add_(fast_linear(of_raised, up.t())).view_as(grad)
         return of_x, of_gate, of_up, of_down
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T without a bias: (..., K) to (..., M)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return fast_linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = fast_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        of_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight
 
 
 class _Rotated(torch.autograd.Function):
@@ -130,10 +149,16 @@ def _norm(module: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
 
 def _gated(module: Any, x: Tensor) -> Tensor:
     projections = (module.gate_proj, module.up_proj, module.down_proj)
-    plain = all(type(p) is nn.Linear and p.bias is None and "forward" not in vars(p) for p in projections)
+    plain = all(type(p) is nn.Linear and p.bias is None for p in projections)
     if not fused(x) or not plain or projections[0].weight.dtype != x.dtype:
         return type(module).forward(module, x)
     return _Gated.apply(x, *(p.weight for p in projections))
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    if not fused(x) or module.weight.dtype != x.dtype:
+        return type(module).forward(module, x)
+    return _Linear.apply(x, module.weight)
 
 
 def _embedded(module: nn.Embedding, ids: Tensor) -> Tensor:
@@ -160,10 +185,12 @@ class Fused:
         self._rotaries: dict[str, Callable[..., Any]] = {}  # by model file, the function in place of its own
         self._embeddings = [(module, partial(_embedded, module)) for module in model.modules()
                             if type(module) is nn.Embedding and module.max_norm is None]
+        self._open = False
         self.adds = False  # do the embeddings add to the gradient that is there instead of making one as large?
         known: dict[tuple[Any, ...], Callable[..., Tensor] | None] = {}
         for module in model.modules():
-            key = (type(module), getattr(module, "variance_epsilon", getattr(module, "eps", None)))
+            key = (type(module), getattr(module, "variance_epsilon", getattr(module, "eps", None)),
+                   getattr(module, "bias", None) is None)
             if key not in known:
                 known[key] = _form_of(module)
             form = known[key]
@@ -174,12 +201,19 @@ class Fused:
                 self._rotaries[file.__name__] = partial(_rotary, vars(file)[ROTARY])
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Inside this block the model's modules are the fused ones; blocks may be nested."""
-        known = [*self._forwards, *(self._embeddings if self.adds else ())]
-        new = [(module, forward) for module, forward in known if "forward" not in vars(module)]
+    def installed(self, products: bool = True) -> Iterator[None]:
+        """Inside this block the model's modules are the fused ones; a block inside another changes nothing more.
+
+        Without `products`, those that multiply by a matrix are left to whoever does that otherwise.
+        """
+        if self._open:
+            yield
+            return
+        new = [*(pair for pair in self._forwards if products or not _multiplies(pair[0])),
+               *(self._embeddings if self.adds else ())]
         files = {sys.modules[name]: function for name, function in self._rotaries.items()}
         before = {file: vars(file)[ROTARY] for file in files}
+        self._open = True
         try:
             for module, forward in new:
                 module.forward = forward
@@ -187,10 +221,15 @@ class Fused:
                 setattr(file, ROTARY, function)
             yield
         finally:
+            self._open = False
             for file, function in before.items():
                 setattr(file, ROTARY, function)
             for module, _ in new:
                 del module.forward
+
+
+def _multiplies(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())
 
 
 def _form_of(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -200,6 +239,8 @@ def _form_of(module: nn.Module) -> Callable[..., Tensor] | None:
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         forms: list[Callable[..., Tensor]] = [] if eps is None else [
             lambda own, x, offset=offset: _norm(own, eps, offset, x) for offset in (0.0, 1.0)]
+    elif type(module) is nn.Linear and names == {"weight"}:
+        forms = [_linear]
     elif names == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}:
         forms = [_gated]
     else:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-PATIENCE = 4  # uses of a weight before it is packed: packing costs as much as a few products of some dozen rows
-ROWS = 512  # with more rows at once the plain product is as fast
+PATIENCE = 4  # uses of a weight before it is packed: packing costs as much as a few products of some dozen rows,
+MANY = 256  # or as one of so many
+ROWS = 1024  # with more rows at once the plain product is as fast
 
 
 class Prepacked:
@@ -40,7 +41,7 @@ class Prepacked:
         packed = self._packed.get(key)
         if packed is None:
             self._uses[key] = self._uses.get(key, 0) + 1
-            if self._uses[key] <= PATIENCE:
+            if self._uses[key] <= PATIENCE and rows < MANY:
                 return linear(x, weight, bias)
             packed = self._packed[key] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
