@@ -1,0 +1,154 @@
+"""Time and memory of the vocabulary head with a full-vocabulary teacher term: chunked beside dense.
+
+    python benchmarks/head.py --out head.json
+    python benchmarks/head.py --tokens 2048 16384 --vocabulary 151936 --sides ours
+
+One pass: from hidden states and heads of student and teacher to a loss and the gradients of the student's hidden states
+and head (opsd without its clip: KL(T||S) over the whole vocabulary). Every measurement has a process of its own; the
+sides take turns. Memory is the peak beyond inputs and gradients: of the resident set on a CPU, of what was allocated on
+a GPU. `floor` is the time of the matrix products alone, four of (N, H) by (V, H) and nothing else: both projections
+and the student's two gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SIDES = ("ours", "dense", "floor")
+CHUNK = 64  # tokens at a time of the floor's products
+
+
+def resident(name: str) -> float:
+    """VmRSS or VmHWM of this process in GB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e9
+
+
+def measure(side: str, tokens: int, vocabulary: int, width: int, dtype: str, device: str, runs: int) -> dict[str, Any]:
+    """Seconds of each pass after one for warm-up, and peak GB beyond inputs and gradients."""
+    import torch
+
+    from selftaught import TokenBatch, chunked_objective, objective
+
+    kind = getattr(torch, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, scale: float) -> torch.Tensor:
+        return (scale * torch.randn(*shape, generator=generator, device=device)).to(kind)
+
+    hidden = {view: normal(tokens, width, scale=1.0) for view in ("student", "teacher")}
+    heads = {view: normal(vocabulary, width, scale=4 * width**-0.5) for view in ("student", "teacher")}
+    ids = torch.randint(vocabulary, (tokens,), generator=generator, device=device)
+    rows = torch.arange(tokens, device=device) // 64
+    batch = TokenBatch(ids, rows, torch.zeros(int(rows.max()) + 1, device=device),
+                       torch.zeros(int(rows.max()) + 1, dtype=torch.int64, device=device))
+    student, head = hidden["student"].requires_grad_(), heads["student"].requires_grad_()
+
+    def ours() -> float:
+        out = chunked_objective("opsd", batch, hidden, heads, clip=None, temperature=1.0)
+        out.loss.backward()
+        return out.loss.item()
+
+    def dense() -> float:
+        logits = {view: hidden[view].float() @ heads[view].float().t() for view in hidden}
+        out = objective("opsd", batch, logits, clip=None, temperature=1.0)
+        out.loss.backward()
+        return out.loss.item()
+
+    def floor() -> float:
+        with torch.no_grad():
+            grad_V = torch.zeros_like(head)
+            for start in range(0, tokens, CHUNK):
+                part = slice(start, start + CHUNK)
+                logits = hidden["student"][part] @ head.t()
+                logits.add_((hidden["teacher"][part] @ heads["teacher"].t())[:, :1])
+                logits @ head
+                grad_V.addmm_(logits.t(), hidden["student"][part])
+        return 0.0
+
+    passes: dict[str, Callable[[], float]] = {"ours": ours, "dense": dense, "floor": floor}
+    seconds, loss, peak = [], 0.0, 0.0
+    gradients = sum(t.numel() * t.element_size() for t in (student, head)) / 1e9
+    for _ in range(runs + 1):
+        student.grad = head.grad = None
+        before = _reset(device)
+        began = time.monotonic()
+        loss = passes[side]()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.monotonic() - began)
+        peak = max(peak, _peak(device) - before - gradients)
+    return {"side": side, "tokens": tokens, "vocabulary": vocabulary, "width": width, "dtype": dtype,
+            "seconds": [round(s, 3) for s in seconds[1:]], "median_s": round(statistics.median(seconds[1:]), 3),
+            "peak_gb": round(peak, 3), "loss": loss}  # fmt: skip
+
+
+def _reset(device: str) -> float:
+    """Forget the peak so far; returns what is held now, in GB."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 1e9
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def _peak(device: str) -> float:
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else resident("VmHWM")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[32_000, 128_256, 151_936, 262_144])
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--runs", type=int, default=2, help="passes that count, after one for warm-up")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", default="head.json")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # one measurement in this process, as JSON arguments
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(**json.loads(args.one))))
+        return
+    rows: list[dict[str, Any]] = []
+    print("      N |      V | side  |      s | of floor | peak GB")
+    for tokens in args.tokens:
+        for vocabulary in args.vocabulary:
+            found = {}
+            for side in sorted(args.sides, key=lambda side: side != "floor"):
+                case = {"side": side, "tokens": tokens, "vocabulary": vocabulary, "width": args.width,
+                        "dtype": args.dtype, "device": args.device, "runs": args.runs}  # fmt: skip
+                command = [sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(case)]
+                done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
+                                      capture_output=True, text=True, check=False)  # fmt: skip
+                if done.returncode != 0:
+                    reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}: out of memory?"])[-1]
+                    rows.append({**case, "error": reason})
+                    print(f"{tokens:7} | {vocabulary:6} | {side:5} | {reason}", flush=True)
+                    continue
+                found[side] = row = json.loads(done.stdout.strip().splitlines()[-1])
+                rows.append(row)
+                ratio = f"{row['median_s'] / found['floor']['median_s']:8.2f}" if "floor" in found else "       -"
+                print(f"{tokens:7} | {vocabulary:6} | {side:5} | {row['median_s']:6.2f} | {ratio} | "
+                      f"{row['peak_gb']:7.3f}", flush=True)  # fmt: skip
+    Path(args.out).write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"Written to {args.out}.")
+
+
+if __name__ == "__main__":
+    main()
