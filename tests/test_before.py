@@ -60,7 +60,8 @@ def test_the_same_start_is_measured_once(home: Path, first: Finished, monkeypatc
 @pytest.mark.parametrize("changed", [
     {"seed": 5}, {"eval": {"samples": 3}}, {"eval": {"temperature": 0.5}},
     {"reward": [{"name": "exact", "weight": 0.5}, {"name": "length", "weight": 0.5, "buffer": 1}]},
-], ids=["seed", "samples", "temperature", "reward"])  # fmt: skip
+    {"data": {"question": "Task: {question}\n"}},
+], ids=["seed", "samples", "temperature", "reward", "prompt"])  # fmt: skip
 def test_another_start_is_sampled_anew(home: Path, first: Finished, changed: dict[str, Any],
                                        monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     name = request.node.callspec.id
