@@ -15,7 +15,7 @@ from selftaught import data, reward
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, evaluations, read_rows, select, summarise, too_few
 from selftaught.eval.rows import KEYS, count_of, some_of
-from selftaught.records import Problem, Prompt, Rollout, Sampling, Say, Verdict
+from selftaught.records import Finish, Problem, Prompt, Rollout, Sampling, Say, Verdict
 from selftaught.reward import RewardConfig, Rewarder
 from selftaught.run import Run, load_run, make_reward, recipe_names
 
@@ -175,9 +175,9 @@ def _rollout(row: Row, problem: Problem) -> Rollout:
     names = {field.name for field in fields(Sampling)}
     settings = {key: value for key, value in (row["sampling"] or {}).items() if key in names}
     tokens = int(row["tokens"] or 0)
-    text, finish = str(row["response"] or ""), row["finish"] or "stop"
-    return Rollout(problem, row["sample"], Prompt(()), (NOT_SAVED,) * tokens, (0.0,) * tokens, text, finish,
-                   Sampling(**settings), 0, row["step"] or 0)
+    finish: Finish = "length" if row["finish"] == "length" else "stop"
+    return Rollout(problem, row["sample"], Prompt(()), (NOT_SAVED,) * tokens, (0.0,) * tokens,
+                   str(row["response"] or ""), finish, Sampling(**settings), 0, row["step"] or 0)
 
 
 def _judged(row: Row, problem: Problem, verdict: Verdict) -> dict[str, Any]:
