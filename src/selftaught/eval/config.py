@@ -10,13 +10,13 @@ from selftaught.records import Section
 class EvalConfig(Section):
     """When and how held-out problems are answered and measured.
 
-    pass@k and maj@k count the responses of status "right", as the first part of the reward gives it (a function that
-    returns a number: from 1.0 on); mean@k is the mean of the whole weighted score.
+    pass@k, pass^k and maj@k (one, all and most of k responses) count those of status "right", as the first part of the
+    reward gives it (a function that returns a number: from 1.0 on); mean@k is the mean of the whole weighted score.
     """
 
     every: int | None = Field(None, ge=1, description="evaluate every so many steps; null: only before and after")
     samples: int = Field(8, ge=1, description="responses drawn for each problem (n of pass@k)")
-    k: tuple[int, ...] = Field((1, 8), description="the k of pass@k, maj@k and mean@k; none above `samples`")
+    k: tuple[int, ...] = Field((1, 8), description="the k of pass@k, pass^k, maj@k and mean@k; none above `samples`")
     problems: int | None = Field(None, ge=1, description="held-out problems to use, the first so many; null: all")
     temperature: float = Field(1.0, ge=0.0, description="sampling temperature; 0: the likeliest token (greedy)")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus of the sampling; 1: untruncated")
@@ -42,7 +42,7 @@ class EvalConfig(Section):
                 f"eval.k = {list(self.k)} asks for pass@{max(self.k)}, but eval.samples = {self.samples}: "
                 f"raise eval.samples to {max(self.k)} or lower k"
             )
-        known = [f"{name}@{k}" for name in ("pass", "maj", "mean") for k in self.k]
+        known = [f"{name}{k}" for name in ("pass@", "pass^", "maj@", "mean@") for k in self.k]
         if self.best is not None and self.best not in known:
             raise ValueError(f"eval.best = {self.best!r} is not measured; choose one of {', '.join(known)}, or null")
         return self

@@ -1,4 +1,4 @@
-"""What one problem's saved samples say: pass@k, mean@k, maj@k, distinct answers, length.
+"""What one problem's saved samples say: pass@k, pass^k, mean@k, maj@k, distinct answers, length.
 
 n: samples of one problem, c: how many of them are right. An answer of None is a response from which none
 could be read: it takes its place among the k but casts no vote.
@@ -30,6 +30,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
     ways = math.comb(n, k)
     return (ways - math.comb(n - c, k)) / ways
+
+
+def pass_hat_k(n: int, c: int, k: int) -> float:
+    """C(c, k) / C(n, k): the chance that k of the n samples, drawn without return, are all right.
+
+    Unbiased for the chance that k fresh samples are (tau-bench, arXiv 2406.12045): what somebody sees who asks k times
+    and needs a right answer each time.
+    """
+    assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
+    return math.comb(c, k) / math.comb(n, k)
 
 
 def maj_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> float:
@@ -105,9 +115,10 @@ def is_right(row: Row, threshold: float) -> bool:
 
 
 def per_problem(rows: Sequence[Row], ks: Sequence[int], threshold: float) -> dict[str, float]:
-    """Every measure of one problem, by name, from its rows in order of `sample`; NaN where it has no value.
+    """Every measure of one problem, by name, from its rows; NaN where it has no value.
 
-    Which samples are right: see `is_right`.
+    Each @k and ^k is the mean over all C(n, k) choices of k samples: that of the mean score is the mean of all n,
+    whatever k. Which samples are right: see `is_right`.
     """
     n = len(rows)
     right = [is_right(row, threshold) for row in rows]
@@ -117,12 +128,13 @@ def per_problem(rows: Sequence[Row], ks: Sequence[int], threshold: float) -> dic
     finish = [row["finish"] for row in rows if row.get("finish") is not None]
     values: dict[str, float] = {}
     for k in ks:
-        enough = k <= n
-        values[f"pass@{k}"] = pass_at_k(n, sum(right), k) if enough else math.nan
+        values[f"pass@{k}"] = pass_at_k(n, sum(right), k) if k <= n else math.nan
+    for k in ks:
+        values[f"pass^{k}"] = pass_hat_k(n, sum(right), k) if k <= n else math.nan
     for k in ks:
         values[f"maj@{k}"] = maj_at_k(answers, right, k) if k <= n else math.nan
     for k in ks:
-        values[f"mean@{k}"] = sum(row["score"] or 0.0 for row in rows[:k]) / k if k <= n else math.nan
+        values[f"mean@{k}"] = sum(row["score"] or 0.0 for row in rows) / n if k <= n else math.nan
     values["distinct_answers"] = float(len(set(given)))
     values["length"] = sum(tokens) / len(tokens) if tokens else math.nan
     values["truncated"] = finish.count("length") / len(finish) if finish else math.nan

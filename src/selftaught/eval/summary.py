@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from selftaught.errors import UserError
-from selftaught.eval.intervals import Array, bootstrap, sign_test, signs
+from selftaught.eval.intervals import Array, bootstrap, bootstrap_quantiles, permutation_test, sign_test, signs
 from selftaught.eval.measures import best_constant, per_problem
 from selftaught.eval.rows import evaluations
 
 Row = Mapping[str, Any]
 Summary = dict[str, Any]
+LENGTHS = {"length_p10": 0.1, "length_p50": 0.5, "length_p90": 0.9}
 
 
 def summarise(rows: Sequence[Row], ks: Iterable[int], *, seed: int = 0, threshold: float = 1.0) -> Summary:
@@ -23,10 +24,11 @@ def summarise(rows: Sequence[Row], ks: Iterable[int], *, seed: int = 0, threshol
 
     A sample is right where its saved `status` is "right": the first part of the reward says so, and a user's function
     that returns a number does from 1.0 on. Where no status is saved, it is right from the score `threshold` on.
-    `pass@k`, `maj@k` and `mean@k` for each k, `distinct_answers`, `length` (tokens) and `truncated` (share)
-    are {value, low, high}: the mean over problems and its 95 % percentile bootstrap interval over problems;
-    None where the rows do not say. `best_constant` is {value, answer}, `status` counts samples, `problems`
-    and `samples` are counts, `left_out` says how many problems have too few samples for a measure.
+    `pass@k`, `pass^k`, `maj@k` and `mean@k` for each k, `distinct_answers`, `length` (tokens) and `truncated` (share
+    cut at the length limit) are {value, low, high}: the mean over problems and its 95 % percentile bootstrap interval
+    over problems; None where the rows do not say. So are `length_p10`, `length_p50` and `length_p90`, quantiles of the
+    lengths of all samples, each problem with the same weight. `best_constant` is {value, answer}, `status` counts
+    samples, `problems` and `samples` are counts, `left_out` says how many problems have too few samples for a k.
     UserError: a k above every problem's number of samples, no rows, or rows of several evaluations.
     """
     ks = _checked(rows, ks)
@@ -38,6 +40,7 @@ def summarise(rows: Sequence[Row], ks: Iterable[int], *, seed: int = 0, threshol
         for m, name in enumerate(names)
     }
     counted = set(problems)
+    summary |= _lengths([row for row in rows if row["problem"] in counted], seed)
     summary["best_constant"] = best_constant(row for row in rows if row["problem"] in counted)
     summary["status"] = dict(Counter(str(row.get("status") or "unknown") for row in rows).most_common())
     summary["problems"] = len(problems)
@@ -51,9 +54,11 @@ def compare(
 ) -> Summary:
     """Paired differences, after minus before, on the problems that both evaluations have.
 
-    Each measure is {value, low, high, p, better, worse, same, before, after}: the mean difference, its 95 %
-    bootstrap interval over problems, the p of the exact sign test, on how many problems it rose, fell or
-    stayed, and the two means. `problems` counts the pairs, `unpaired` the problems that only one side has.
+    Each measure is {value, low, high, p, p_permutation, patterns, exact, better, worse, same, before, after}: the mean
+    difference, its 95 % bootstrap interval over problems, the p of the exact sign test, the p of the paired permutation
+    test with the number of patterns of signs behind it and whether these are all that there are, on how many problems
+    the measure rose, fell or stayed, and the two means. `problems` counts the pairs, `unpaired` the problems that only
+    one side has.
     UserError: as `summarise`, or no problem in common.
     """
     ks = _checked(after_rows, _checked(before_rows, ks))
@@ -68,6 +73,7 @@ def compare(
     before_PM, after_PM = before_PM[[b for b, _ in both]], after_PM[[a for _, a in both]]
     change_PM = after_PM - before_PM
     mean, low, high = bootstrap(change_PM, seed=seed)
+    permuted = permutation_test(change_PM, seed=seed)
     result: Summary = {}
     for m, name in enumerate(names):
         better, worse, same = signs(change_PM[:, m])
@@ -77,6 +83,9 @@ def compare(
             "low": _number(low[m]),
             "high": _number(high[m]),
             "p": sign_test(change_PM[:, m]),
+            "p_permutation": permuted[m].p,
+            "patterns": permuted[m].patterns,
+            "exact": permuted[m].exact,
             "better": better,
             "worse": worse,
             "same": same,
@@ -131,10 +140,31 @@ def _mute_votes(rows: Sequence[Row], names: Sequence[str], values_PM: Array) -> 
                 values_PM[:, m] = math.nan
 
 
+def too_few(rows: Iterable[Row], ks: Iterable[int]) -> dict[int, list[tuple[Any, int]]]:
+    """For each k that some problem has too few samples for: those problems, each with its number of samples."""
+    n = Counter(row["problem"] for row in rows)
+    short = {k: [(problem, count) for problem, count in n.items() if count < k] for k in ks}
+    return {k: problems for k, problems in short.items() if problems}
+
+
 def _left_out(rows: Sequence[Row], ks: Sequence[int], counted: set[Any]) -> dict[str, int]:
-    n = Counter(row["problem"] for row in rows if row["problem"] in counted)
-    short = {f"pass@{k}": sum(count < k for count in n.values()) for k in ks}
-    return {name: count for name, count in short.items() if count}
+    short = too_few((row for row in rows if row["problem"] in counted), ks)
+    return {f"pass@{k}": len(problems) for k, problems in short.items()}
+
+
+def _lengths(rows: Sequence[Row], seed: int) -> Summary:
+    """The quantiles of `LENGTHS`; None where no row has a length."""
+    tokens: dict[Any, list[float]] = {}
+    for row in rows:
+        if row.get("tokens") is not None:
+            tokens.setdefault(row["problem"], []).append(row["tokens"])
+    if not tokens:
+        return {name: {"value": None, "low": None, "high": None} for name in LENGTHS}
+    found = bootstrap_quantiles(list(tokens.values()), list(LENGTHS.values()), seed=seed)
+    return {
+        name: {"value": float(value), "low": float(low), "high": float(high)}
+        for name, value, low, high in zip(LENGTHS, *found, strict=True)
+    }
 
 
 def _number(value: float) -> float | None:

@@ -89,7 +89,8 @@ class _TensorBoard:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            # TensorBoard writes both "@" and "^" as "_": pass@8 and pass^8 would be one curve.
+            self._writer.add_scalar(name.replace("^", "_hat_"), value, step)
         self._writer.flush()
 
     def close(self) -> None:

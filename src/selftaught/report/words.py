@@ -17,6 +17,9 @@ ARMS = {
 LABELS = {
     "distinct_answers": "distinct answers per problem",
     "length": "tokens per response",
+    "length_p10": "tokens, tenth percentile",
+    "length_p50": "tokens, median",
+    "length_p90": "tokens, ninetieth percentile",
     "truncated": "share cut at the length limit",
 }
 
@@ -68,12 +71,12 @@ def result_sentence(results: Mapping[str, Any]) -> str:
 
 
 def measure_rows(results: Mapping[str, Any]) -> list[MeasureRow]:
-    """The before-and-after table, without what says the same twice: maj@1, and mean@k where all scores are 0 or 1."""
+    """The before-and-after table, without what says the same twice: maj@1, pass^1, and mean@k of scores 0 or 1."""
     before, after, difference = (results.get(part) or {} for part in ("before", "after", "difference"))
     names = [n for n in dict.fromkeys([*before, *after]) if _is_measure(before.get(n) or after.get(n))]
-    order = {"pass": 0, "maj": 1, "mean": 2}
-    names = [n for n in names if n not in ("maj@1", "mean@1") and not _repeats_pass_at_1(n, before, after)]
-    names.sort(key=lambda n: order.get(n.partition("@")[0], 3))
+    order = {"pass@": 0, "pass^": 1, "maj@": 2, "mean@": 3}
+    names = [n for n in names if n not in ("maj@1", "pass^1", "mean@1") and not _repeats_pass_at_1(n, before, after)]
+    names.sort(key=lambda n: order.get(n.rstrip("0123456789"), 4))
     rows = []
     for name in names:
         change = difference.get(name)
