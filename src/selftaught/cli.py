@@ -168,6 +168,23 @@ def hints(data: Annotated[str, typer.Argument(help="a file, a folder saved by `d
 
 
 @app.command()
+def continual(
+    models: Annotated[list[str], typer.Argument(
+        help="runs, model folders or Hub names: one after each task, before them the untrained one; then key=value")],
+    task: Annotated[list[str] | None, typer.Option(help="a recipe: the tasks in the order of learning")] = None,
+    untrained: Annotated[list[str] | None, typer.Option(help="a recipe that no checkpoint learned from")] = None,
+    k: Annotated[int, typer.Option(min=1, help="the k of pass@k that is the accuracy")] = 1,
+    out: Annotated[Path, typer.Option(help="the folder of all cells; the same command goes on in it")] = Path(
+        "runs/continual"),
+) -> None:
+    """A sequence of checkpoints on a sequence of tasks: accuracy matrix, forgetting and transfer, with intervals."""
+    from selftaught.studies import continual as sequence
+
+    typer.echo(sequence.run([name for name in models if "=" not in name], task or [], out, _say, k=k,
+                            untrained=untrained or [], overrides=[name for name in models if "=" in name]))
+
+
+@app.command()
 def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several are overlaid")],
            out: Annotated[Path | None, typer.Option(help="the HTML file to write")] = None) -> None:
     """Curves, tables and samples of one run or several, as one HTML file."""
