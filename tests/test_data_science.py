@@ -121,6 +121,13 @@ def test_damaged_rows_are_counted_and_the_rest_is_read(tmp_path: Path) -> None:
     assert "'E' among the labels A, B, C, D" in said[0]
 
 
+def test_one_question_with_its_options_in_two_orders_is_one_problem(tmp_path: Path) -> None:
+    turned = {"text": FOUR[3]["choices"]["text"][::-1], "label": list("ABCD")}
+    rows = [*FOUR, {**FOUR[3], "choices": turned, "answerKey": "A"}]  # line 4 has its right option last
+    dataset, said = loaded(f"sciknoweval:{write_jsonl(tmp_path / 'q.jsonl', rows)}")
+    assert len(dataset.train) == 40 and "1 duplicates collapsed" in said[1] and "several answers" not in said[1]
+
+
 def test_options_that_point_at_others_keep_their_order_and_the_above_stays_last(tmp_path: Path) -> None:
     def choices(*texts: str) -> dict[str, Any]:
         return {"text": list(texts), "label": list("ABCD"[: len(texts)])}

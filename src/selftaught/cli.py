@@ -186,8 +186,15 @@ def continual(
 
 @app.command()
 def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several are overlaid")],
-           out: Annotated[Path | None, typer.Option(help="the HTML file to write")] = None) -> None:
+           out: Annotated[Path | None, typer.Option(help="the HTML file to write; with --pictures, the folder")] = None,
+           pictures: Annotated[bool, typer.Option("--pictures", help="pass@k, diversity, entropy and controls as "
+                                                  "pictures, and a page of them")] = False) -> None:
     """Curves, tables and samples of one run or several, as one HTML file."""
+    if pictures:
+        from selftaught.pictures import write_pictures
+
+        typer.echo(f"pictures: {write_pictures(runs, out or (runs[0] if len(runs) == 1 else Path()) / 'pictures', _warn)}")
+        return
     from selftaught.report import write_report
 
     path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
