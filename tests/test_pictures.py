@@ -1,7 +1,8 @@
-"""Pictures: what they show of the measures, where marks land, and the files of a run's folder, with matplotlib or not."""
+"""Pictures: what they show of the measures, where marks land, and the files of a run, with matplotlib or not."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -21,7 +22,8 @@ from selftaught.report import draw, plots
 
 
 def measure(value: float | None, half: float = 0.1) -> dict[str, float | None]:
-    return {"value": value, "low": None if value is None else value - half, "high": None if value is None else value + half}
+    low, high = (None, None) if value is None else (value - half, value + half)
+    return {"value": value, "low": low, "high": high}
 
 
 LADDER = {"pass@8": measure(0.7), "pass@1": measure(0.2), "pass@64": measure(0.9), "maj@8": measure(0.5),
@@ -59,11 +61,11 @@ def test_diversity_is_joined_from_before_to_after_with_whiskers_in_both_directio
 
 def test_entropy_takes_arrays_with_and_without_bounds() -> None:
     value = np.linspace(1.0, 0.5, 5)
-    picture = plots.entropy_by_position({"plain": value, "full": {"value": value, "low": value - 0.1, "high": value + 0.1,
-                                                                  "position": [0, 2, 4, 8, 16]}})
-    plain, full = picture.series
+    full = {"value": value, "low": value - 0.1, "high": value + 0.1, "position": [0, 2, 4, 8, 16]}
+    picture = plots.entropy_by_position({"plain": value, "full": full})
+    plain, other = picture.series
     assert [m.x for m in plain.marks] == [0, 1, 2, 3, 4] and plain.marks[0].y_range is None
-    assert [(m.x, m.y, m.y_range) for m in full.marks][-1] == (16.0, 0.5, pytest.approx((0.4, 0.6)))
+    assert [(m.x, m.y, m.y_range) for m in other.marks][-1] == (16.0, 0.5, pytest.approx((0.4, 0.6)))
     assert draw.axes_of(picture)[1].low == 0.0
     broken = plots.entropy_by_position({"x": [1.0, float("nan"), 0.5]})
     assert [m.x for m in broken.series[0].marks] == [0, 2]
@@ -75,8 +77,8 @@ def test_controls_have_a_row_each_and_runs_stand_beside_one_another_in_it() -> N
     assert picture.y_ticks == ((2.0, "true"), (1.0, "empty"), (0.0, "wrong"))
     a, b = picture.series
     assert [(m.x, round(m.y)) for m in a.marks] == [(0.8, 2), (0.0, 1), (-0.3, 0)]
-    assert [m.x for m in b.marks] == [0.8, -0.3] and all(above.y > below.y for above, below in zip(a.marks[::2], b.marks,
-                                                                                               strict=True))
+    assert [m.x for m in b.marks] == [0.8, -0.3]
+    assert all(above.y > below.y for above, below in zip(a.marks[::2], b.marks, strict=True))
     x, y = draw.axes_of(picture)
     assert x.low <= -0.4 and x.high >= 0.9 and (y.low, y.high) == (-0.5, 2.5)
     (alone,) = plots.leakage_controls({"a": shown}).series
@@ -107,8 +109,8 @@ def test_marks_bands_and_ticks_land_in_the_svg_where_the_axes_say() -> None:
     left, right, floor = draw.LEFT, draw.WIDTH - draw.RIGHT, draw.HEIGHT - draw.BOTTOM
     height = floor - draw.TOP
     (line,) = lines_of(svg, "line")
-    assert line == [(pytest.approx(left + share * (right - left), abs=0.06), pytest.approx(floor - y * height, abs=0.06))
-                    for share, y in ((0, 0.2), (0.5, 0.7), (1, 0.9))]
+    assert [x for x, _ in line] == pytest.approx([left, (left + right) / 2, right], abs=0.06)
+    assert [y for _, y in line] == pytest.approx([floor - y * height for y in (0.2, 0.7, 0.9)], abs=0.06)
     (band,) = lines_of(svg, "band")
     assert [y for _, y in band] == [pytest.approx(floor - y * height, abs=0.06) for y in (0.3, 0.8, 1.0, 0.8, 0.6, 0.1)]
     ticks = re.findall(r'<text class="tick" x="([\d.]+)" y="\d+" text-anchor="middle">(\d+)</text>', svg)
@@ -121,7 +123,7 @@ def test_texts_that_would_run_into_one_another_are_thinned_and_labels_are_escape
     crowded = plots.replace(picture, x_ticks=tuple((float(x), f"step {x}") for x in range(40)))
     texts = re.findall(r'x="([\d.]+)" y="\d+" text-anchor="\w+">(step \d+)<', draw.as_svg(crowded))
     places = [float(x) for x, _ in texts]
-    assert 4 < len(texts) < 12 and min(b - a for a, b in zip(places, places[1:], strict=False)) > 40
+    assert 4 < len(texts) < 12 and min(b - a for a, b in itertools.pairwise(places)) > 40
     ET.fromstring(draw.as_svg(picture))
     assert "a&lt;b" in draw.as_svg(picture)
 
@@ -129,7 +131,8 @@ def test_texts_that_would_run_into_one_another_are_thinned_and_labels_are_escape
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
 def test_panels_are_one_file_by_matplotlib(suffix: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    shown = [plots.pass_at_k({"a": LADDER, "b": LADDER}), plots.diversity_accuracy({"a": LADDER, "b": LADDER}, "pass@8")]
+    runs = {"a": LADDER, "b": LADDER}
+    shown = [plots.pass_at_k(runs), plots.diversity_accuracy(runs, "pass@8")]
     assert draw.save([*shown, plots.pass_at_k({})], tmp_path / f"all.{suffix}")
     head = (tmp_path / f"all.{suffix}").read_bytes()[:300]
     assert {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix] in head

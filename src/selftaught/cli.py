@@ -193,7 +193,8 @@ def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several
     if pictures:
         from selftaught.pictures import write_pictures
 
-        typer.echo(f"pictures: {write_pictures(runs, out or (runs[0] if len(runs) == 1 else Path()) / 'pictures', _warn)}")
+        place = out or (runs[0] if len(runs) == 1 else Path()) / "pictures"
+        typer.echo(f"pictures: {write_pictures(runs, place, _warn)}")
         return
     from selftaught.report import write_report
 
@@ -204,21 +205,26 @@ def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(
-        help="methods: each on one task, the self-taught ones also with an empty and a wrong privilege")],
+        help="methods: each on one task, the self-taught ones also with an empty and a wrong privilege; "
+        "science: GRPO and self-distillation from one and three demonstrations on SciKnowEval and GPQA")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="the study's folder; runs/NAME if not given")] = None,
-    only: Annotated[str | None, typer.Option(help="some methods, with commas")] = None,
+    only: Annotated[str | None, typer.Option(help="some methods (science: and domains), with commas")] = None,
     seeds: Annotated[str, typer.Option(help="with commas")] = "0",
-    jobs: Annotated[int, typer.Option(help="runs at a time; 0: one per processor, at most 4")] = 0,
+    jobs: Annotated[int, typer.Option(help="runs at a time; 0: one per processor, at most 4 (science: 1)")] = 0,
     smoke: Annotated[bool, typer.Option("--smoke", help="two steps of each run, to see that all of them work")] = False,
 ) -> None:
     """A whole experiment; the same command goes on where it was stopped."""
-    from selftaught.studies import methods
+    from selftaught.studies import methods, science
 
-    if name != "methods":
-        raise UserError(f"study {name!r}: {nearest(name, ['methods'])}")
-    folder = out or Path(f"runs/{name}{'-smoke' if smoke else ''}")
-    typer.echo(methods.run(folder, _say, methods=only.split(",") if only else (), seeds=_ladder(seeds, "--seeds"),
+    if name not in ("methods", "science"):
+        raise UserError(f"study {name!r}: {nearest(name, ['methods', 'science'])}")
+    folder, some = out or Path(f"runs/{name}{'-smoke' if smoke else ''}"), only.split(",") if only else ()
+    if name == "science":
+        typer.echo(science.run(folder, _say, only=some, seeds=_ladder(seeds, "--seeds"), jobs=jobs,
+                               extra=[*(science.SMOKE if smoke else ()), *(overrides or [])]))
+        return
+    typer.echo(methods.run(folder, _say, methods=some, seeds=_ladder(seeds, "--seeds"),
                            jobs=jobs, extra=[*(methods.SMOKE if smoke else ()), *(overrides or [])]))
 
 

@@ -1,8 +1,8 @@
 """The pictures of runs, from what their folders hold: files by matplotlib, and one page that needs nothing.
 
-Of each run: completions.jsonl (pass@k and distinct answers before and after), metrics.jsonl (entropy), results.json (its
-controls), and measures.json where there is one: {"summary": {name: measure}, "entropy_by_position": {value: [...], low,
-high, position}, "leakage": {control: measure}}, a measure being {value, low, high}.
+Of each run: completions.jsonl (pass@k and distinct answers before and after), metrics.jsonl (entropy), results.json
+(its controls), and measures.json where there is one: {"summary": {name: measure}, "entropy_by_position": {value: [...],
+low, high, position}, "leakage": {control: measure}}, a measure being {value, low, high}.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from selftaught.eval import read_rows, summarise
 from selftaught.eval.rows import STUDENT, evaluations
 from selftaught.records import Say
 from selftaught.report import plots
-from selftaught.report.draw import as_svg, save, write_page
+from selftaught.report.draw import alone, save, write_page
 from selftaught.report.read import RunData, read_run
 
 DIVERSITY = "distinct_answers"
@@ -45,7 +45,8 @@ def write_pictures(folders: Sequence[Path], out: Path, say: Say) -> Path:
     names = _names([one.run for one in runs])
     pictures = [picture for picture in of_runs(dict(zip(names, runs, strict=True))) if picture]
     if not pictures:
-        raise UserError(f"report: {', '.join(map(str, folders))} hold no evaluation to draw; evaluate first, or give others")
+        raise UserError(f"report: {', '.join(map(str, folders))} hold no evaluation to draw; evaluate first, or give "
+                        "others")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -59,7 +60,7 @@ def write_pictures(folders: Sequence[Path], out: Path, say: Say) -> Path:
 
 
 def measured(folder: Path, say: Say) -> Measured:
-    """The measures of one run: its first and its last evaluation of the student, over the ladder of k that both allow."""
+    """The measures of one run: its first and its last evaluation of the student, over a ladder of k."""
     run, found = read_run(folder), {}
     if (folder / "completions.jsonl").is_file():
         kinds = evaluations(row for row in read_rows(folder / "completions.jsonl", say) if row["arm"] == STUDENT)
@@ -81,7 +82,7 @@ def of_runs(runs: Mapping[str, Measured]) -> list[plots.Picture]:
     single = len(runs) == 1
     rungs: dict[str, Any] = {}
     for name, one in runs.items():
-        if one.before and (single or _same_model(runs) and not rungs):
+        if one.before and (single or (_same_model(runs) and not rungs)):
             rungs["before training"] = one.before
         if one.after:
             rungs["after training" if single else name] = one.after
@@ -111,30 +112,8 @@ def of_runs(runs: Mapping[str, Measured]) -> list[plots.Picture]:
     ]  # fmt: skip
 
 
-_ARMS = {"teacher/right": "teacher, right privilege", "teacher/empty": "teacher, empty", "teacher/wrong": "teacher, wrong",
-         "other_prompt": "other problem's prompt"}
-
-
-def alone(picture: plots.Picture) -> str:
-    """The picture as an SVG file: with its colours and letters, on white."""
-    from selftaught.report.draw import PALETTE
-    from selftaught.report.svg import HEIGHT, WIDTH
-
-    colours = "".join(f".c{place}{{color:{colour}}}" for place, colour in enumerate(PALETTE))
-    style = (f"<style>{colours}text{{font:11.5px sans-serif;fill:#5d646d}}.grid{{stroke:#dcdfe3;fill:none}}"
-             ".axis{stroke:#5d646d;fill:none}.line,.whisker{fill:none;stroke:currentColor;stroke-width:2}"
-             ".dashed{stroke-dasharray:5 5}.band{fill:currentColor;opacity:.15}.dot{fill:currentColor}.hollow{fill:#fff;stroke:currentColor}</style>")
-    names = "".join(f'<text class="c{series.colour % 8}" x="60" y="{HEIGHT + 14 + 15 * place}" style="fill:currentColor">'
-                    f"{_text(series.label)}</text>" for place, series in enumerate(picture.series))
-    height = HEIGHT + 20 + 15 * len(picture.series)
-    svg = as_svg(picture).replace(f'viewBox="0 0 {WIDTH} {HEIGHT}"', f'xmlns="http://www.w3.org/2000/svg" '
-                                  f'viewBox="0 0 {WIDTH} {height}"', 1)  # fmt: skip
-    head, _, rest = svg.partition(">")
-    return f'{head}>{style}<rect width="{WIDTH}" height="{height}" fill="#fff"/>{rest.removesuffix("</svg>")}{names}</svg>'
-
-
-def _text(label: str) -> str:
-    return label.replace("&", "&amp;").replace("<", "&lt;")
+_ARMS = {"teacher/right": "teacher, right privilege", "teacher/empty": "teacher, empty",
+         "teacher/wrong": "teacher, wrong", "other_prompt": "other problem's prompt"}
 
 
 def _same_model(runs: Mapping[str, Measured]) -> bool:

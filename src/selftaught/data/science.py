@@ -1,8 +1,8 @@
 """Multiple-choice science questions as published: `sciknoweval:SOURCE?key=value&...` and `gpqa:SOURCE?...`.
 
-SOURCE is a file, a saved folder or a Hub name, read as any other. Rows are filtered by the keys and become problems whose
-options stand in an order drawn for each problem. What is wrong with single rows is counted and said; a source that lacks
-a column is refused with its name.
+SOURCE is a file, a saved folder or a Hub name, read as any other. Rows are filtered by the keys and become problems
+whose options stand in an order drawn for each problem. What is wrong with single rows is counted and said; a source
+that lacks a column is refused with its name.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _check_columns(source: str, form: Format, rows: Sequence[Row], chosen: Itera
     if missing:
         names = sorted({name for row in rows for name in row.values})
         raise UserError(f"data.source: {source} has no column {', '.join(map(repr, missing))} (columns: "
-                        f"{', '.join(names)}); give the data set as published, or a file of your own without the prefix")
+                        f"{', '.join(names)}); give the data set as published, or leave the prefix out")
 
 
 def _filter(source: str, form: Format, rows: Sequence[Row], chosen: Mapping[str, Sequence[str]]) -> list[Row]:

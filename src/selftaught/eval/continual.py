@@ -26,7 +26,7 @@ def transfer(accuracy_TT: Array, base_T: Array | None = None) -> dict[str, Array
 
         average_accuracy  = 1/T sum_j R[T, j]
         backward_transfer = 1/(T-1) sum_{j<T} R[T, j] - R[j, j]              below zero: forgotten
-        forward_transfer  = 1/(T-1) sum_{j>1} R[j-1, j] - b[j]               what earlier tasks gave before it was learned
+        forward_transfer  = 1/(T-1) sum_{j>1} R[j-1, j] - b[j]               what earlier tasks gave to it
         forgetting        = 1/(T-1) sum_{j<T} max_{l<T} R[l, j] - R[T, j]    from its best: at least -backward_transfer
 
     The first three: arXiv 1706.08840, section 2, with the model before training in the place of a random one as b;
@@ -68,14 +68,14 @@ def summarise_sequence(columns: Mapping[str, Array], learned: int, checkpoints: 
     """The accuracy matrix and its measures, each {value, low, high}, from the (P, C) columns of the tasks.
 
     The first `learned` columns are the tasks in order; further ones were never trained on (out of distribution), and
-    `change` tells for each task the last checkpoint's accuracy minus the first one's. With one checkpoint more than tasks
-    learned, the first is the model before training. Intervals are percentile bootstraps over the problems of each
+    `change` tells for each task the last checkpoint's accuracy minus the first one's. With one checkpoint more than
+    tasks learned, the first is the model before training. Intervals are percentile bootstraps over the problems of each
     task, the same draws for all checkpoints, tasks independent. The maximum in `forgetting` makes it lean upwards.
     Raises UserError where the numbers do not fit, or a task has no problem that all checkpoints answered.
     """
     if len(checkpoints) not in (learned, learned + 1) or not 0 <= learned <= len(columns):
-        raise UserError(f"{len(checkpoints)} checkpoints for {learned} tasks learned: give one after each task in order, "
-                        "and before them the model that no task was learned with")
+        raise UserError(f"{len(checkpoints)} checkpoints for {learned} tasks learned: give one after each task in "
+                        "order, and before them the model that no task was learned with")
     for task, values_PC in columns.items():
         if not len(values_PC):
             raise UserError(f"task {task!r}: there is no problem that every checkpoint answered often enough; "

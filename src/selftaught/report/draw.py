@@ -1,4 +1,4 @@
-"""Pictures on paper: PNG, PDF or SVG by matplotlib where it is installed, and inline SVG for a page that needs nothing."""
+"""Pictures drawn: PNG, PDF or SVG by matplotlib where it is installed, and SVG of our own for pages or without it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from selftaught.errors import UserError
 from selftaught.report.plots import Picture, Range, Series
 from selftaught.report.svg import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, tick_text, ticks
 
-PALETTE = ("#1f5fa8", "#c2571a", "#2b8a5f", "#8a4fa3", "#b08a12", "#c23b62", "#4b8f9c", "#7a7f87")  # as the page's c0 to c7
+# As the page's c0 to c7.
+PALETTE = ("#1f5fa8", "#c2571a", "#2b8a5f", "#8a4fa3", "#b08a12", "#c23b62", "#4b8f9c", "#7a7f87")
+FILE_STYLE = ("text{font:11.5px sans-serif;fill:#5d646d}.grid{stroke:#dcdfe3;fill:none}.axis{stroke:#5d646d;fill:none}"
+              ".line,.whisker{fill:none;stroke:currentColor;stroke-width:2}.dashed{stroke-dasharray:5 5}"
+              ".band{fill:currentColor;opacity:.15}.dot{fill:currentColor}.hollow{fill:#fff;stroke:currentColor}")
 MARKERS = "osD^vPXd"
 FEW = 40  # marks of a line that are still drawn singly
 LETTER = 6.2  # width of a letter of a tick's text, in the units of the drawing
@@ -81,7 +85,8 @@ def as_svg(picture: Picture) -> str:
     for y, text in y_axis.ticks:
         _, at = place(x_axis.low, y)
         parts.append(f'<path class="grid" d="M{left:.1f} {at:.1f}H{right}"/>')
-        parts.append(f'<text class="tick" x="{left - 7:.1f}" y="{at:.1f}" dy="0.32em" text-anchor="end">{escape(text)}</text>')
+        parts.append(f'<text class="tick" x="{left - 7:.1f}" y="{at:.1f}" dy="0.32em" text-anchor="end">'
+                     f"{escape(text)}</text>")
     shown = _thinned(x_axis, right - left)
     for x, text in shown:
         at, _ = place(x, y_axis.low)
@@ -102,10 +107,10 @@ def as_svg(picture: Picture) -> str:
 
 def _svg_series(series: Series, place: Callable[[float, float], tuple[float, float]]) -> Iterator[str]:
     colour = f"c{series.colour % COLOURS}"
-    banded = [mark for mark in series.marks if mark.y_range and not mark.x_range]
-    band = series.joined and len(banded) == len(series.marks) > 1
+    bounds = [(mark.x, *mark.y_range) for mark in series.marks if mark.y_range and not mark.x_range]
+    band = series.joined and len(bounds) == len(series.marks) > 1
     if band:
-        edge = [place(m.x, m.y_range[1]) for m in banded] + [place(m.x, m.y_range[0]) for m in reversed(banded)]  # type: ignore[index]
+        edge = [place(x, high) for x, _, high in bounds] + [place(x, low) for x, low, _ in reversed(bounds)]
         yield f'<polygon class="band {colour}" points="{_pairs(edge)}"/>'
     if series.joined and len(series.marks) > 1:
         style = "line dashed" if series.dashed else "line"
@@ -119,7 +124,8 @@ def _svg_series(series: Series, place: Callable[[float, float], tuple[float, flo
         said = escape(f"{series.label}: {mark.x:.4g}, {mark.y:.4g}")
         radius = 2.6 if series.joined else 3.6
         kind = "hollow" if series.path and mark is series.marks[0] else "dot"
-        yield f'<circle class="{kind} {colour}" cx="{across:.1f}" cy="{up:.1f}" r="{radius}"><title>{said}</title></circle>'
+        yield (f'<circle class="{kind} {colour}" cx="{across:.1f}" cy="{up:.1f}" r="{radius}">'
+               f"<title>{said}</title></circle>")
 
 
 def _pairs(points: Any) -> str:
@@ -136,14 +142,26 @@ def _thinned(axis: Axis, width: float) -> list[tuple[float, str]]:
     return kept
 
 
+def alone(picture: Picture) -> str:
+    """The picture as an SVG file of its own: with its colours and the names of its series, on white."""
+    style = "".join(f".c{place}{{color:{colour}}}" for place, colour in enumerate(PALETTE)) + FILE_STYLE
+    names = [f'<text class="c{series.colour % COLOURS}" x="60" y="{HEIGHT + 14 + 15 * place}" '
+             f'style="fill:currentColor">{escape(series.label)}</text>' for place, series in enumerate(picture.series)]
+    height = HEIGHT + 20 + 15 * len(names)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}">'
+    _, _, drawn = as_svg(picture).partition(">")
+    back = f'<style>{style}</style><rect width="{WIDTH}" height="{height}" fill="#fff"/>'
+    return f"{head}{back}{drawn.removesuffix('</svg>')}{''.join(names)}</svg>"
+
+
 # Files.
 
 
 def save(pictures: Sequence[Picture], path: Path | str, *, columns: int = 3) -> bool:
     """Draw the pictures as panels of one file (.png, .pdf or .svg); False, and no file, without matplotlib.
 
-    One legend stands under all panels where they show the same series, else one in each. Raises UserError where the file
-    cannot be written.
+    One legend stands under all panels where they show the same series, else one in each. Raises UserError where the
+    file cannot be written.
     """
     shown = [picture for picture in pictures if picture]
     try:

@@ -72,8 +72,8 @@ def pass_at_k(runs: Mapping[str, Mapping[str, Any]], measure: str = "pass", dash
                      f"{measure}@k on held-out problems", dashed)
     seen = sorted({int(mark.x) for series in picture.series for mark in series.marks})
     return replace(picture, x_ticks=tuple((k, str(k)) for k in seen), x_log2=True, y_range=(0.0, 1.0),
-                   caption="Unbiased over all choices of k samples; bands are 95 % bootstrap intervals over problems. A "
-                   "flat line has one answer left to each problem.")
+                   caption="Unbiased over all choices of k samples; bands are 95 % bootstrap intervals over problems. "
+                   "A flat line has one answer left to each problem.")
 
 
 def diversity_accuracy(runs: Mapping[str, Any], diversity: str, accuracy: str = "pass@1",
@@ -94,8 +94,8 @@ def diversity_accuracy(runs: Mapping[str, Any], diversity: str, accuracy: str = 
             series.append(Series(name, tuple(marks), len(series), joined=len(marks) > 1, path=len(marks) > 1))
     words = label or diversity.replace("_", " ")
     return Picture("diversity-accuracy", f"{words} against {accuracy}".capitalize(),
-                   "To the right: more often right. Up: more different answers. Whiskers are 95 % intervals; a line leads "
-                   "from before training (hollow) to after.", accuracy, words, tuple(series))
+                   "To the right: more often right. Up: more different answers. Whiskers are 95 % intervals; a line "
+                   "leads from before training (hollow) to after.", accuracy, words, tuple(series))
 
 
 def entropy_by_position(runs: Mapping[str, Any], dashed: Sequence[str] = ()) -> Picture:
@@ -110,7 +110,7 @@ def entropy_by_position(runs: Mapping[str, Any], dashed: Sequence[str] = ()) -> 
         lines[name] = list(zip(places, value, *sides, strict=True))
     return _lines("entropy-by-position", "Token entropy by position", lines, "token of the response",
                   "entropy, nats", dashed, y_range=(0.0, 0.0),
-                  caption="Mean over responses that long. Entropy is no diversity: many words for one answer have it too.")
+                  caption="Mean over responses that long. Entropy is no diversity: many words for one answer have it.")
 
 
 def over_steps(runs: Mapping[str, Iterable[Sequence[float | None]]], y_label: str, *, name: str | None = None,
@@ -139,19 +139,19 @@ def leakage_controls(runs: Mapping[str, Mapping[str, Any]], x_label: str = "mean
         if marks:
             series.append(Series(name, tuple(marks), place, joined=False))
     ticks = tuple((float(len(kinds) - 1 - row), kind) for row, kind in enumerate(kinds))
-    return Picture("leakage-controls", title, "Whiskers are 95 % intervals. What true adds over wrong knows the answer; what "
-                   "wrong adds over nothing is form.", x_label, "", tuple(series), y_ticks=ticks,
+    return Picture("leakage-controls", title, "Whiskers are 95 % intervals. What true adds over wrong knows the "
+                   "answer; what wrong adds over nothing is form.", x_label, "", tuple(series), y_ticks=ticks,
                    y_range=(-0.5, len(kinds) - 0.5), x_zero=True)
 
 
 def task_sequence(found: Mapping[str, Any]) -> Picture:
-    """Accuracy on each task after each checkpoint, as `summarise_sequence` has it; tasks never trained on are dashed."""
+    """Accuracy on each task after each checkpoint, as `summarise_sequence` has it; dashed: never trained on."""
     lines = {}
     for place, task in enumerate(found["tasks"]):
         lines[task] = [(float(c), *_values(row[place])) for c, row in enumerate(found["matrix"])]
     picture = _lines("task-sequence", "Accuracy on each task after each was learned", lines, "", "accuracy",
-                     found["tasks"][found["learned"]:], "Bands are 95 % bootstrap intervals over the problems of a task. "
-                     "Dashed: never trained on.", (0.0, 1.0))
+                     found["tasks"][found["learned"]:], "Bands are 95 % bootstrap intervals over the problems of a "
+                     "task. Dashed: never trained on.", (0.0, 1.0))
     return replace(picture, x_ticks=tuple((float(c), name) for c, name in enumerate(found["checkpoints"])))
 
 

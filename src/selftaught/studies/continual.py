@@ -1,4 +1,4 @@
-"""A sequence of checkpoints on a sequence of tasks: every cell evaluated once, then measured from its saved completions.
+"""A sequence of checkpoints on a sequence of tasks: every cell evaluated once, measured from its saved completions.
 
 cells/I-CHECKPOINT/TASK/completions.jsonl     the answers of one checkpoint to one task's held-out problems
 cells/I-CHECKPOINT/TASK.json                  on what they were made; written when they are all there
@@ -21,7 +21,7 @@ from selftaught.evaluate import evaluate_model
 from selftaught.records import Say
 from selftaught.run import load_run
 
-Evaluate = Callable[[str, str, Sequence[str], Say], Any]  # (model, recipe, overrides, say); `out` is among the overrides
+Evaluate = Callable[[str, str, Sequence[str], Say], Any]  # (model, recipe, overrides with `out`, say)
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def run(models: Sequence[str], tasks: Sequence[str], out: Path, say: Say, *, unt
     """
     recipes = _names([*tasks, *untrained])
     if not recipes:
-        raise UserError("continual: no task is given; name recipes with --task, in the order in which they were learned")
+        raise UserError("continual: no task is given; name recipes with --task, in the order of learning")
     if len(models) not in (len(tasks), len(tasks) + 1):
-        raise UserError(f"continual: {len(models)} models for {len(tasks)} tasks; give one after each task, in order, and "
-                        "before them the one that no task was learned with")
+        raise UserError(f"continual: {len(models)} models for {len(tasks)} tasks; give one after each task, in order, "
+                        "and before them the one that no task was learned with")
     shown = _labels(models, tasks)
     grid = [[Cell(model, recipe, out / "cells" / f"{number}-{_safe(Path(model).name)}" / name)
              for name, recipe in recipes.items()] for number, model in enumerate(models)]
