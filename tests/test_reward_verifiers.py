@@ -89,6 +89,8 @@ def test_equal_numbers_share_one_spelling() -> None:
         ("Answer: Z", None), ("", None), ("The correct choice is J", "J"), ("Answer: Because", None),
         ("answer is B. Why? (A) is too small", "B"), ("\\boxed{12}", None), ("Answer: A/B", None),
         ("The answer is A because it fits", "A"), ("Answer: I think", None),
+        ("The answer is A, or is it?\n<answer>b</answer>", "B"), ("<answer>\n(C)\n</answer>\n", "C"),
+        ("<answer>A</answer> no: <answer>D</answer>", "D"), ("<answer>A or B</answer>", None),
     ],
 )  # fmt: skip
 def test_choice(text: str, letter: str | None) -> None:

@@ -196,9 +196,34 @@ def hints(data: Annotated[str, typer.Argument(help="a file, a folder saved by `d
 
 
 @app.command()
+def continual(
+    models: Annotated[list[str], typer.Argument(
+        help="runs, model folders or Hub names: one after each task, before them the untrained one; then key=value")],
+    task: Annotated[list[str] | None, typer.Option(help="a recipe: the tasks in the order of learning")] = None,
+    untrained: Annotated[list[str] | None, typer.Option(help="a recipe that no checkpoint learned from")] = None,
+    k: Annotated[int, typer.Option(min=1, help="the k of pass@k that is the accuracy")] = 1,
+    out: Annotated[Path, typer.Option(help="the folder of all cells; the same command goes on in it")] = Path(
+        "runs/continual"),
+) -> None:
+    """A sequence of checkpoints on a sequence of tasks: accuracy matrix, forgetting and transfer, with intervals."""
+    from selftaught.studies import continual as sequence
+
+    typer.echo(sequence.run([name for name in models if "=" not in name], task or [], out, _say, k=k,
+                            untrained=untrained or [], overrides=[name for name in models if "=" in name]))
+
+
+@app.command()
 def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several are overlaid")],
-           out: Annotated[Path | None, typer.Option(help="the HTML file to write")] = None) -> None:
+           out: Annotated[Path | None, typer.Option(help="the HTML file to write; with --pictures, the folder")] = None,
+           pictures: Annotated[bool, typer.Option("--pictures", help="pass@k, diversity, entropy and controls as "
+                                                  "pictures, and a page of them")] = False) -> None:
     """Curves, tables and samples of one run or several, as one HTML file."""
+    if pictures:
+        from selftaught.pictures import write_pictures
+
+        place = out or (runs[0] if len(runs) == 1 else Path()) / "pictures"
+        typer.echo(f"pictures: {write_pictures(runs, place, _warn)}")
+        return
     from selftaught.report import write_report
 
     path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -208,21 +233,26 @@ def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(
-        help="methods: each on one task, the self-taught ones also with an empty and a wrong privilege")],
+        help="methods: each on one task, the self-taught ones also with an empty and a wrong privilege; "
+        "science: GRPO and self-distillation from one and three demonstrations on SciKnowEval and GPQA")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="the study's folder; runs/NAME if not given")] = None,
-    only: Annotated[str | None, typer.Option(help="some methods, with commas")] = None,
+    only: Annotated[str | None, typer.Option(help="some methods (science: and domains), with commas")] = None,
     seeds: Annotated[str, typer.Option(help="with commas")] = "0",
-    jobs: Annotated[int, typer.Option(help="runs at a time; 0: one per processor, at most 4")] = 0,
+    jobs: Annotated[int, typer.Option(help="runs at a time; 0: one per processor, at most 4 (science: 1)")] = 0,
     smoke: Annotated[bool, typer.Option("--smoke", help="two steps of each run, to see that all of them work")] = False,
 ) -> None:
     """A whole experiment; the same command goes on where it was stopped."""
-    from selftaught.studies import methods
+    from selftaught.studies import methods, science
 
-    if name != "methods":
-        raise UserError(f"study {name!r}: {nearest(name, ['methods'])}")
-    folder = out or Path(f"runs/{name}{'-smoke' if smoke else ''}")
-    typer.echo(methods.run(folder, _say, methods=only.split(",") if only else (), seeds=_ladder(seeds, "--seeds"),
+    if name not in ("methods", "science"):
+        raise UserError(f"study {name!r}: {nearest(name, ['methods', 'science'])}")
+    folder, some = out or Path(f"runs/{name}{'-smoke' if smoke else ''}"), only.split(",") if only else ()
+    if name == "science":
+        typer.echo(science.run(folder, _say, only=some, seeds=_ladder(seeds, "--seeds"), jobs=jobs,
+                               extra=[*(science.SMOKE if smoke else ()), *(overrides or [])]))
+        return
+    typer.echo(methods.run(folder, _say, methods=some, seeds=_ladder(seeds, "--seeds"),
                            jobs=jobs, extra=[*(methods.SMOKE if smoke else ()), *(overrides or [])]))
 
 

@@ -1,4 +1,4 @@
-"""Stage 1, what to solve: problems from files, the Hub or reasoning-gym, their split, their order and their prompts.
+"""Stage 1, what to solve: problems from files, the Hub, reasoning-gym or science questions; split, order and prompts.
 
 load(config, seed=0, say=print) -> Dataset     train, held-out and shots, disjoint by content
 Cursor(dataset.train, seed=0)                  endless order over the training problems, resumed exactly

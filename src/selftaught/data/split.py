@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from selftaught.data import gym
+from selftaught.data import gym, science
 from selftaught.data.columns import to_problems
 from selftaught.data.config import DataConfig, Part
 from selftaught.data.files import read
@@ -70,8 +70,14 @@ def _pool(
             raise UserError(f"data.columns: {part.source} has no columns to choose from; leave `columns` out")
         return gym.generate(part.source, need, seed=seed, taken=taken, say=note) if need else []
     given = config.split != DataConfig.model_fields["split"].default
-    rows = read(part.source, config.split, given)
-    problems, mapping = to_problems(part.source, rows, {**config.columns, **part.columns})
+    if science.is_science(part.source):
+        if config.columns or part.columns:
+            raise UserError(f"data.columns: the columns of {part.source} are those of its format; leave `columns` out")
+        problems = science.load(part.source, config.split, given, seed=seed, say=note)
+        mapping = dict(science.FORMATS[part.source.partition(":")[0]].mapping)
+    else:
+        rows = read(part.source, config.split, given)
+        problems, mapping = to_problems(part.source, rows, {**config.columns, **part.columns})
     for ours, theirs in mapping.items():
         if theirs not in columns.get(ours, "").split(" | "):
             columns[ours] = f"{columns[ours]} | {theirs}" if ours in columns else theirs

@@ -15,6 +15,7 @@ _NUMBER = (
 )
 _FIND_NUMBER = re.compile(rf"{_NUMBER}(?:\s?/\s?\d+(?![\d.]))?")
 _LETTER = r"(?:\(\s*([A-Ja-j])\s*\)|\*\*\(?([A-Ja-j])\)?\*\*|([A-Ja-j])(?![\w'’]))"
+_TAGGED = re.compile(r"<answer>\s*\(?([A-Ja-j])\)?[.:]?\s*</answer>")
 _STATED = re.compile(rf"(?:answer|choice|option)(?:\s+is)?\s*[:=]?\s*(?:\*\*)?\s*{_LETTER}", re.IGNORECASE)
 _LEADING = re.compile(r"\A\s*(?:\(([A-Ja-j])\)|([A-Ja-j])[.):](?!\w)|([A-Ja-j])\s*(?:\n|\Z))")
 _ALONE = re.compile(r"(?:\(([A-J])\)|^\s*([A-J])[.)]?\s*$)", re.MULTILINE)
@@ -100,14 +101,15 @@ def number_text(value: Fraction) -> str:
 def letter(text: str) -> str | None:
     """The one choice A to J that a text settles on; None where it names none or hedges ("A or B").
 
-    In order: the last one stated ("Answer: B", "the answer is (B)"), a boxed one, one that opens the text
-    ("B.", "(B) because"), and the last one that stands alone ("(B)", or a line of its own).
+    In order: a boxed one, the last one in tags ("<answer>B</answer>"), the last one stated ("Answer: B", "the answer is
+    (B)"), one that opens the text ("B.", "(B) because"), and the last one that stands alone ("(B)", or a line of its
+    own).
     """
     inside = boxed(text)
     if inside is not None:
         bare = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", inside).strip().strip("().").upper()
         return bare if len(bare) == 1 and bare in LETTERS else None
-    for pattern in (_STATED, _LEADING, _ALONE):
+    for pattern in (_TAGGED, _STATED, _LEADING, _ALONE):
         matches = [match for match in pattern.finditer(text) if not _is_article(match, text)]
         if matches:
             last = matches[-1]

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from selftaught.eval import compare, read_rows, select
 from selftaught.methods import names
 from selftaught.records import Say
 from selftaught.run import load_run, recipe_names
+from selftaught.studies.process import train
 
 CONTROLLED = ("rlsd", "sdpg", "demopsd", "sdpo", "opsd")
 ARMS = ("right", "empty", "wrong")
@@ -112,30 +110,12 @@ def run(out: Path, say: Say, *, methods: Sequence[str] = (), seeds: Sequence[int
 
 def _one(arm: Arm, out: Path, jobs: int, say: Say, extra: Sequence[str], teacher: Path) -> str:
     """Run one arm to its end; its last words if it failed, else ""."""
-    folder = out / arm.name
-    if (folder / "results.json").is_file() and (folder / "final").is_dir():
-        return ""
-    resume = any((folder / "checkpoints").glob("step-*"))
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)  # stopped before its first checkpoint: nothing in it is needed
-    folder.parent.mkdir(parents=True, exist_ok=True)
     external = [f"teacher={teacher}"] if load_run(f"small/{arm.method}").teacher is not None else []
     first = teacher.parent.with_name(Arm("grpo", "right", arm.seed).name)
-    before = [f"eval.before={first}"] if first != folder and (first / "results.json").is_file() else []
-    command = [sys.executable, "-m", "selftaught.cli", "train", f"small/{arm.method}", f"out={folder}",
-               f"seed={arm.seed}", *overrides(arm), *external, *before, *extra,
-               *(["--resume"] if resume else [])]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    say(f"{arm.name}: {'resumed' if resume else 'started'}")
-    with (out / f"{arm.name}.log").open("a", encoding="utf-8") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False,
-                              env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    if (folder / "results.json").is_file():
-        say(f"{arm.name}: done")
-        return ""
-    last = (out / f"{arm.name}.log").read_text(encoding="utf-8").strip().splitlines()
-    say(f"{arm.name}: failed, see {out / arm.name}.log")
-    return last[-1] if last else f"exit code {done.returncode}"
+    known = first != out / arm.name and (first / "results.json").is_file()
+    return train(f"small/{arm.method}", out / arm.name,
+                 [f"seed={arm.seed}", *overrides(arm), *external, *([f"eval.before={first}"] if known else []), *extra],
+                 say, jobs=jobs)
 
 
 # The table.
