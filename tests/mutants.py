@@ -108,7 +108,7 @@ MUTANTS = [
         "session.py",
         'self.health.load(state["health"])',
         "pass",
-        "test_resume.py",
+        "test_train.py",
     ),
     Mutant(
         "biased_standard_deviation",
