@@ -447,13 +447,20 @@ def test_eval_without_what_it_needs_is_refused(home: Path, tmp_path: Path, finis
     assert "no/such.jsonl" in refused("eval", "--completions", "no/such.jsonl")
     for k in ("one", "1,,2", "1.5", "1 2"):
         assert "give whole numbers with commas, for example 1,4,8" in refused("eval", "--completions", saved, "--k", k)
-    assert "only n = 2 samples of a problem" in refused("eval", "--completions", saved, "--k", "1,64")
+    assert "only n = 2 samples of a problem" in refused("eval", "--completions", saved, "--k", "64")
+    said = cli("eval", "--completions", saved, "--k", "1,64")
+    assert said.code == 0 and "pass@1" in said.out and "k = 64: no problem has more than 2 samples" in said.err
     assert "k = 0: pass@k needs k of at least 1" in refused("eval", "--completions", saved, "--k", "0")
     (tmp_path / "empty.jsonl").write_text("")
     assert "no completion in it" in refused("eval", "--completions", tmp_path / "empty.jsonl")
     said = refused("eval", "--completions", saved, "--json", tmp_path / "none" / "out.json")
     assert "cannot be written (No such file or directory)" in said
     assert "leave" in refused("eval", folder, "--completions", saved)
+    assert "leave the model" in refused("eval", folder, "--compare", saved, saved)
+    assert "leave --completions out" in refused("eval", "--completions", saved, "--compare", saved, saved)
+    assert "name it with --completions" in refused("eval", folder, "--reward", "numeric")
+    assert "--out names what --reward scores again" in refused("eval", "--completions", saved, "--out", tmp_path / "x")
+    assert "--resume goes on with sampling" in refused("eval", "--completions", saved, "--resume")
     assert "raise eval.samples to 64" in refused("eval", folder, "--k", "64")
     assert "nothing to evaluate on" in refused("eval", folder, path, "data.heldout=0")
     unfinished = tmp_path / "unfinished"

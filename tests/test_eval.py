@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import combinations
+from collections import Counter
+from fractions import Fraction
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,27 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from selftaught.errors import UserError
-from selftaught.eval import EvalConfig, append_rows, compare, evaluations, read_rows, rows_of, select, summarise
-from selftaught.eval.intervals import bootstrap, bootstrap_draws, sign_test, signs
-from selftaught.eval.measures import best_constant, maj_at_k, pass_at_k
+from selftaught.eval import (
+    EvalConfig,
+    append_rows,
+    compare,
+    evaluations,
+    read_rows,
+    rows_of,
+    select,
+    summarise,
+    too_few,
+)
+from selftaught.eval.intervals import (
+    PATTERNS,
+    bootstrap,
+    bootstrap_draws,
+    bootstrap_quantiles,
+    permutation_test,
+    sign_test,
+    signs,
+)
+from selftaught.eval.measures import best_constant, maj_at_k, pass_at_k, pass_hat_k
 from selftaught.records import Problem, Prompt, Rollout, Sampling, Verdict
 
 FEW = settings(max_examples=60, deadline=None)
@@ -48,6 +68,27 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample() -> None:
             for k in range(1, n + 1):
                 subsets = list(combinations(right, k))
                 assert pass_at_k(n, c, k) == sum(map(any, subsets)) / len(subsets)
+
+
+def test_pass_hat_k_is_the_share_of_subsets_that_are_all_right() -> None:
+    for n in range(1, 8):
+        for c in range(n + 1):
+            right = [i < c for i in range(n)]
+            for k in range(1, n + 1):
+                subsets = list(combinations(right, k))
+                assert pass_hat_k(n, c, k) == sum(map(all, subsets)) / len(subsets)
+    assert pass_hat_k(10_000, 9_999, 10_000) == 0.0 and pass_hat_k(10_000, 10_000, 5_000) == 1.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64])
+def test_estimators_at_their_ends_are_what_was_seen(n: int) -> None:
+    wrong = [f"w{i}" for i in range(n)]
+    for k in {1, n}:
+        assert pass_at_k(n, 0, k) == pass_hat_k(n, 0, k) == maj_at_k(wrong, [False] * n, k) == 0.0
+        assert pass_at_k(n, n, k) == pass_hat_k(n, n, k) == maj_at_k(["7"] * n, [True] * n, k) == 1.0
+    for c in range(1, n):  # k = n: the one choice is all that was drawn
+        assert (pass_at_k(n, c, n), pass_hat_k(n, c, n)) == (1.0, 0.0)
+        assert pass_at_k(n, c, 1) == pytest.approx(c / n) and pass_hat_k(n, c, 1) == pytest.approx(c / n)
 
 
 def test_pass_at_k_stays_exact_for_many_samples() -> None:
@@ -97,6 +138,40 @@ def test_bootstrap_equals_a_slow_loop_over_the_same_draws() -> None:
     np.testing.assert_allclose(bootstrap_draws(values, draws=50, seed=5), slow, rtol=1e-12)
 
 
+def all_draws(values: list[float]) -> list[float]:
+    """The sorted means of all P**P ways to draw P problems with replacement."""
+    return sorted(sum(draw) / len(draw) for draw in product(values, repeat=len(values)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bootstrap_interval_is_that_of_all_draws_there_are(seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 9, size=6) / 8
+    _, low, high = bootstrap(values[:, None])
+    means = np.array(all_draws(values.tolist()))  # 46656: nothing is left to chance
+    for end, share in ((low[0], 0.025), (high[0], 0.975)):
+        noise = 4 * math.sqrt(share * (1 - share) / 10_000)
+        assert (means < end - 1e-9).mean() <= share + noise and (means <= end + 1e-9).mean() >= share - noise
+
+
+def test_quantiles_are_those_of_weighted_samples() -> None:
+    rng = np.random.default_rng(11)
+    samples = [rng.integers(1, 30, size=n).tolist() for n in (3, 8, 1, 5, 8)]
+    shares = [0.1, 0.25, 0.5, 0.9, 1.0]
+    value, low, high = bootstrap_quantiles(samples, shares, draws=4000)
+    weights = np.concatenate([np.full(len(each), 1 / len(each)) for each in samples])
+    pooled = np.concatenate(samples)
+    np.testing.assert_array_equal(value, np.quantile(pooled, shares, weights=weights, method="inverted_cdf"))
+    slow = []
+    for draw in product(range(5), repeat=5):  # every draw there is, by numpy's own weighted quantile
+        mine = np.concatenate([samples[p] for p in draw])
+        weight = np.concatenate([np.full(len(samples[p]), 1 / len(samples[p])) for p in draw])
+        slow.append(np.quantile(mine, shares, weights=weight, method="inverted_cdf"))
+    for end, share in ((low, 0.025), (high, 0.975)):
+        noise = 4 * math.sqrt(share * (1 - share) / 4000)
+        assert np.all((np.array(slow) < end - 0.5).mean(axis=0) <= share + noise)
+        assert np.all((np.array(slow) <= end).mean(axis=0) >= share - noise)
+
+
 def test_bootstrap_interval_of_a_mean_has_the_closed_form_width() -> None:
     values = np.random.default_rng(2).normal(size=(400, 1))
     mean, low, high = bootstrap(values)
@@ -130,6 +205,79 @@ def test_sign_test_equals_enumeration_of_all_sign_patterns(wins: int, losses: in
     assert signs(differences) == (wins, losses, ties)
 
 
+def every_pattern(differences: list[Fraction]) -> Fraction:
+    """The permutation test by its definition, in fractions: all signs of all differences, zero or not."""
+    observed = abs(sum(differences))
+    sums = [sum(s * d for s, d in zip(pattern, differences, strict=True))
+            for pattern in product((1, -1), repeat=len(differences))]
+    return Fraction(sum(abs(each) >= observed for each in sums), len(sums))
+
+
+@FEW
+@given(st.lists(st.integers(-6, 6), min_size=1, max_size=9), st.integers(1, 7))
+def test_permutation_test_equals_enumeration_of_all_sign_patterns(counts: list[int], n: int) -> None:
+    differences = [Fraction(count, n) for count in counts]
+    found = permutation_test(np.array([[float(d)] for d in differences] + [[np.nan]]))[0]
+    assert found.p == pytest.approx(float(every_pattern(differences)), abs=1e-12)
+    assert (found.patterns, found.exact) == (2 ** sum(count != 0 for count in counts), True)
+
+
+def convolved(counts: list[int]) -> float:
+    """The same of any number of whole differences: the distribution of their sum, one after another."""
+    sums = Counter({0: 1})
+    for count in counts:
+        sums = Counter({total: sums[total - count] + sums[total + count]
+                        for total in {t + s for t in sums for s in (count, -count)}})
+    return sum(times for total, times in sums.items() if abs(total) >= abs(sum(counts))) / sum(sums.values())
+
+
+def test_permutation_test_of_many_differences_is_drawn_and_near_the_exact_one() -> None:
+    rng = np.random.default_rng(6)
+    table_PM = rng.integers(-4, 5, size=(60, 5)) + np.array([0, 0, 1, 0, 1])
+    found = permutation_test(table_PM / 8)
+    for m, each in enumerate(found):
+        exact = convolved(table_PM[:, m].tolist())
+        assert (each.patterns, each.exact) == (PATTERNS, False)
+        assert each.p == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / PATTERNS) + 2 / PATTERNS)
+    assert permutation_test(table_PM / 8) == found and permutation_test(table_PM / 8, seed=1) != found
+    assert permutation_test(np.ones((40, 1)))[0].p == 1 / (1 + PATTERNS)  # never 0
+    at_most = permutation_test(np.concatenate([np.ones((20, 1)), np.zeros((99, 1))]))[0]
+    assert (at_most.p, at_most.patterns, at_most.exact) == (2 / 2**20, 2**20, True)
+
+
+def test_permutation_test_holds_its_level_where_nothing_differs() -> None:
+    rng = np.random.default_rng(8)
+    worlds_PM = rng.choice([-1.0, -0.5, 0.0, 0.5, 1.0], size=(50, 400))  # 400 comparisons of two equal models
+    rejected = np.mean([each.p <= 0.05 for each in permutation_test(worlds_PM)])
+    assert 0.02 <= rejected <= 0.08
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_measure_of_a_random_table_equals_enumeration_of_all_choices(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    expected: dict[str, list[float]] = {}
+    for p in range(6):
+        samples = [(("7", "8", "9", None)[rng.integers(4)], float(rng.integers(0, 5)) / 4) for _ in range(6)]
+        right = [answer == "7" for answer, _ in samples]
+        rows += [row(f"p{p}", i, score, answer, status="right" if r else "wrong")
+                 for i, ((answer, score), r) in enumerate(zip(samples, right, strict=True))]
+        for k in (1, 3, 6):
+            chosen = list(combinations(range(6), k))
+            brute = {"pass@": np.mean([any(right[i] for i in c) for c in chosen]),
+                     "pass^": np.mean([all(right[i] for i in c) for c in chosen]),
+                     "mean@": np.mean([np.mean([samples[i][1] for i in c]) for c in chosen]),
+                     "maj@": brute_majority([answer for answer, _ in samples], right, k)}
+            for name, value in brute.items():
+                expected.setdefault(f"{name}{k}", []).append(float(value))
+    summary = summarise(rows, [1, 3, 6])
+    for name, values in expected.items():
+        assert summary[name]["value"] == pytest.approx(np.mean(values), abs=1e-12), name
+        means = np.array(all_draws(values))
+        assert (means <= summary[name]["low"] + 1e-9).mean() >= 0.018, name
+        assert (means < summary[name]["low"] - 1e-9).mean() <= 0.032, name
+
+
 def test_summary_of_a_table_known_by_hand() -> None:
     rows = table([0, 1, 2, 4], n=4)
     rows[0]["finish"], rows[1]["answer"] = "length", None
@@ -141,7 +289,9 @@ def test_summary_of_a_table_known_by_hand() -> None:
     assert summary["maj@1"]["value"] == summary["mean@4"]["value"] == pytest.approx(summary["pass@1"]["value"])
     assert summary["distinct_answers"]["value"] == pytest.approx((3 + 4 + 3 + 1) / 4)
     assert summary["truncated"]["value"] == pytest.approx(1 / 16)
-    assert summary["length"] == {"value": 3.0, "low": 3.0, "high": 3.0}
+    assert summary["length"] == summary["length_p90"] == {"value": 3.0, "low": 3.0, "high": 3.0}
+    assert summary["pass^2"]["value"] == pytest.approx((0 + 0 + 1 / 6 + 1) / 4)
+    assert summary["pass^4"]["value"] == pytest.approx(1 / 4)
     assert summary["status"] == {"wrong": 9, "right": 7}
     assert (summary["problems"], summary["samples"], summary["left_out"]) == (4, 16, {})
     assert summary["pass@1"]["low"] < summary["pass@1"]["value"] < summary["pass@1"]["high"]
@@ -203,6 +353,7 @@ def test_a_problem_with_too_few_samples_is_left_out_of_that_k_alone() -> None:
     summary = summarise(table([4, 0], n=4)[:-1], [1, 4])
     assert summary["pass@4"]["value"] == 1.0 and summary["pass@1"]["value"] == 0.5
     assert summary["left_out"] == {"pass@4": 1}
+    assert too_few(table([4, 0, 1], n=4)[:-1], [1, 4]) == {4: [("p2", 3)]}
 
 
 def test_two_evaluations_are_never_pooled() -> None:
@@ -216,6 +367,8 @@ def test_difference_is_after_minus_before_and_paired() -> None:
     assert difference["value"] == pytest.approx((1 + 2 + 2 - 1) / 16)
     assert (difference["better"], difference["worse"], difference["same"]) == (3, 1, 0)
     assert difference["p"] == pytest.approx(10 / 16)
+    # Of +-1 +-2 +-2 +-1 the sums of at least 4, or at most -4: 6, and 4 in two ways, each with its mirror image.
+    assert (difference["p_permutation"], difference["patterns"], difference["exact"]) == (6 / 16, 16, True)
     assert difference["after"] - difference["before"] == pytest.approx(difference["value"])
     swapped = compare(after, before, [1, 4])["pass@1"]
     assert swapped["value"] == pytest.approx(-difference["value"])
@@ -280,6 +433,17 @@ def test_faults_of_a_file_are_named_and_the_rest_counted(tmp_path: Path) -> None
     assert summarise(rows, [1])["problems"] == 2
 
 
+def test_problems_without_a_reference_are_named_among_those_that_have_one(tmp_path: Path) -> None:
+    rows = [row(f"p{p}", i, 1.0, reference="7" if p < 2 else None) for p in range(4) for i in range(2)]
+    append_rows(tmp_path / "c.jsonl", rows)
+    said: list[str] = []
+    assert len(read_rows(tmp_path / "c.jsonl", said.append)) == 8
+    assert len(said) == 1 and "2 problems without a reference answer" in said[0] and "p2, p3" in said[0]
+    assert summarise(rows, [1])["problems"] == 4 and summarise(rows, [1])["best_constant"]["value"] == 1.0
+    append_rows(tmp_path / "none.jsonl", rows[4:])  # where no problem has one, that is how the data is
+    assert read_rows(tmp_path / "none.jsonl", said.append) and len(said) == 1
+
+
 def test_a_file_without_rows_or_no_file_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="no completion"):
@@ -321,7 +485,7 @@ def test_one_evaluation_is_chosen_by_arm_and_latest_step() -> None:
 
 
 def test_config_refuses_what_it_could_not_measure() -> None:
-    assert EvalConfig(k=4, best="maj@4").k == (4,)
+    assert EvalConfig(k=4, best="maj@4").k == EvalConfig(k=4, best="pass^4").k == (4,)
     with pytest.raises(ValidationError, match=r"raise eval\.samples to 16"):
         EvalConfig(k=(1, 16))
     with pytest.raises(ValidationError, match=r"eval\.best = 'pass@2'"):

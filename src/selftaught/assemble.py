@@ -111,7 +111,8 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
                trains: bool = True) -> Ground:
     """Check and load everything but the weights. Raises UserError with the remedy for whatever cannot work.
 
-    An adapter's folder can be evaluated (`trains` False), but not trained on.
+    An adapter's folder can be evaluated (`trains` False), but not trained on. Held-out problems that cannot be
+    judged are left out of an evaluation; a training refuses them.
     """
     method = run.method.build()
     device_of(run)
@@ -128,6 +129,8 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     dataset = data.load(run.data, seed=run.seed, say=say)
     renderer = Renderer(tokenizer, run.data, dataset.shots)
     dataset = data.fit(dataset, renderer, say=say)
+    if run.reward is not None and not trains:
+        dataset = replace(dataset, heldout=reward.judgeable(run.reward, dataset.heldout, say))
     problems = [*dataset.train, *dataset.heldout]
     if run.rollout.prompts_per_step > len(dataset.train):
         raise UserError(f"rollout.prompts_per_step = {run.rollout.prompts_per_step}, but there are only "
@@ -146,7 +149,7 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     check_context(run, tokenizer, renderer, dataset, privileged)
     rewarder = None
     if run.reward is not None:
-        reward.check(run.reward, problems, functions)
+        reward.check(run.reward, problems if trains else dataset.heldout, functions)
         rewarder = Rewarder(run.reward, functions)
     return Ground(run, checked(method), tokenizer, dataset, renderer, rewarder, rows, room_of(run))
 

@@ -47,20 +47,25 @@ def train(recipe: Recipe, overrides: Overrides = None,
 def evaluate(model: Annotated[str | None, typer.Argument(help="a run's folder, a model's folder or a Hub name")] = None,
              recipe: Annotated[str | None, typer.Argument(help="the recipe that says on what")] = None,
              overrides: Overrides = None,
+             resume: Annotated[bool, typer.Option("--resume", help="go on with one that was killed")] = False,
              completions: Annotated[Path | None, typer.Option(help="measure this completions.jsonl alone")] = None,
+             reward: Annotated[str | None, typer.Option(
+                 help="score --completions again: a verifier as in a recipe; or a recipe, its reward and data")] = None,
+             out: Annotated[Path | None, typer.Option(help="where what --reward scores again is written")] = None,
+             compare: Annotated[tuple[Path, Path] | None, typer.Option(
+                 help="two completions.jsonl or folders: differences on the same problems, second minus first")] = None,
              k: Annotated[str, typer.Option(help="the k of pass@k, with commas")] = "",
              json_out: Annotated[Path | None, typer.Option("--json", help="write the measures here")] = None) -> None:
-    """Sample, verify and measure; or measure a saved file alone."""
+    """Sample, verify and measure; or measure a saved file alone, score it again, or compare two."""
     ks = _ladder(k) if k else None
-    if completions is not None:
-        if model is not None:
-            raise UserError(f"eval: --completions measures a file alone, so leave {model!r} out")
-        from selftaught.evaluate import measure_file
+    _refuse_mixed_eval(model, resume, completions, reward, out, compare)
+    if completions is not None or compare is not None:
+        from selftaught.saved import compare_files, measure_file, score_again
 
-        found = measure_file(completions, ks, _warn)
-    elif model is None:
-        raise UserError("eval: give a run's folder (`selftaught eval runs/quickstart`), a model and a recipe "
-                        "(`selftaught eval MODEL quickstart`), or --completions FILE")
+        if completions is not None and reward is not None:
+            completions = score_again(completions, reward, out, _warn, _say)
+            _say(f"completions: {completions}")
+        found = compare_files(*compare, ks, _warn) if compare else measure_file(completions or Path(), ks, _warn)
     else:
         from selftaught.evaluate import evaluate_model
 
@@ -68,10 +73,33 @@ def evaluate(model: Annotated[str | None, typer.Argument(help="a run's folder, a
             overrides = [recipe, *(overrides or [])]
             recipe = None
         ladder = [] if ks is None else [f"eval.k={list(ks)}", f"eval.best=pass@{ks[0]}"]
-        found = evaluate_model(model, recipe, [*(overrides or []), *ladder], _say)
-    _measures(found)
+        try:
+            found = evaluate_model(str(model), recipe, [*(overrides or []), *ladder], _say, resume=resume)
+        except KeyboardInterrupt:
+            typer.echo("stopped; what was sampled stays, and the same command goes on with --resume", err=True)
+            raise typer.Exit(130) from None
+    Console().print(_differences(found) if compare else _measures(found))
     if json_out is not None:
         _write(json_out, json.dumps(found, indent=2) + "\n")
+
+
+def _refuse_mixed_eval(model: str | None, resume: bool, completions: Path | None, reward: str | None, out: Path | None,
+                       compare: tuple[Path, Path] | None) -> None:
+    """Raise UserError for options of `eval` that say nothing together."""
+    given = [f"the model {model!r}"] * (model is not None) + ["--completions"] * (completions is not None)
+    given += ["--compare"] * (compare is not None)
+    if not given:
+        raise UserError("eval: give a run's folder (`selftaught eval runs/quickstart`), a model and a recipe "
+                        "(`selftaught eval MODEL quickstart`), --completions FILE, or --compare A B")
+    if len(given) > 1:
+        raise UserError(f"eval: {given[1]} works on saved files alone, so leave {given[0]} out")
+    if reward is not None and completions is None:
+        raise UserError("eval: --reward scores a saved file again: name it with --completions; what samples is "
+                        "scored by the recipe's reward, or reward=NAME")
+    if out is not None and reward is None:
+        raise UserError("eval: --out names what --reward scores again; an evaluation's folder is set by out=FOLDER")
+    if resume and model is None:
+        raise UserError("eval: --resume goes on with sampling, so it needs the model and what was said with it")
 
 
 @app.command()
@@ -236,7 +264,7 @@ def _ladder(text: str, flag: str = "--k") -> tuple[int, ...]:
         raise UserError(f"{flag} {text!r}: give whole numbers with commas, for example 1,4,8") from None
 
 
-def _measures(found: dict[str, Any]) -> None:
+def _measures(found: dict[str, Any]) -> Table:
     table = Table("measure", "value", "95 % interval", box=None, pad_edge=False)
     for name, measure in found.items():
         if isinstance(measure, dict) and measure.get("value") is not None:
@@ -244,9 +272,27 @@ def _measures(found: dict[str, Any]) -> None:
             if "answer" in measure:
                 interval = f"answer {measure['answer']!r}"
             table.add_row(name, f"{measure['value']:.3f}", interval)
+        elif name == "status":
+            for status, times in measure.items():
+                table.add_row(f"responses {status}", str(times), "")
         elif isinstance(measure, int):
             table.add_row(name, str(measure), "")
-    Console().print(table)
+    return table
+
+
+def _differences(found: dict[str, Any]) -> Table:
+    columns = ("measure", "first", "second", "difference", "p sign", "p permuted")
+    table = Table(*columns, box=None, pad_edge=False, caption_justify="left")
+    for name, each in found.items():
+        if isinstance(each, int):
+            table.add_row(name, str(each))
+        elif each["value"] is not None:
+            if not each["exact"]:
+                table.caption = f"* of {each['patterns']} random patterns of signs; without it, all were counted"
+            change = f"{each['value']:+.3f} [{each['low']:+.3f}, {each['high']:+.3f}]"
+            table.add_row(name, f"{each['before']:.3f}", f"{each['after']:.3f}", change, f"{each['p']:.3g}",
+                          f"{each['p_permutation']:.3g}{'' if each['exact'] else ' *'}")
+    return table
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +15,18 @@ from selftaught import data, privilege
 from selftaught.assemble import External, Ground, Say, context_of, lay_ground, load_engine, sample_and_verify
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, read_rows, rows_of, select, summarise
-from selftaught.records import Problem, Prompt, Request, Sampling
-from selftaught.report import RunFolder
+from selftaught.eval.rows import STUDENT, mend_tail, sampling_as_saved
+from selftaught.records import Problem, Prompt, Request, Rollout, Sampling
+from selftaught.report import RunFolder, refuse_other, versions
+from selftaught.reward import Pending
 from selftaught.rollout import Engine
-from selftaught.run import load_run
+from selftaught.run import Run, load_run
+from selftaught.score.external import digest
 
 EVALUATION = -1  # the step that keys an evaluation's randomness: every one draws with the same random numbers
 CONTROL_SAMPLES = 2
+# What a resumed evaluation may set anew: nothing that touches its completions.
+MAY_CHANGE = ("out", "report", "checkpoint", "eval.k", "eval.best", "eval.every")
 TEACHER_ARMS: tuple[Literal["right", "wrong", "empty"], ...] = ("right", "wrong", "empty")
 
 
@@ -128,25 +134,13 @@ def results(ground: Ground, folder: RunFolder, steps: int, seconds: Mapping[str,
     return found
 
 
-def measure_file(path: Path, ks: Sequence[int] | None, warn: Say) -> dict[str, Any]:
-    """The measures of a saved completions file alone: the student's latest step in it.
-
-    Without `ks`, those of one sample and of all samples.
-    """
-    saved = read_rows(path, warn)
-    arms = {row["arm"] for row in saved}
-    rows = select(saved, arm=arms.pop()) if len(arms) == 1 else select(saved)
-    if ks is None:
-        ks = sorted({1, max(Counter(row["problem"] for row in rows).values(), default=1)})
-    return summarise(rows, ks)
-
-
-def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say: Say) -> dict[str, Any]:
+def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say: Say, *,
+                   resume: bool = False) -> dict[str, Any]:
     """Sample, verify and measure a run's final model, a model folder or a Hub name on a recipe's held-out problems.
 
     Without a recipe, a run is measured by its own; problems that it trained on are left out. Completions go to a new
     folder: RUN/evals/RECIPE of a run, else evals/MODEL-RECIPE beside the recipe's `out`; or the `out` that an override
-    names.
+    names. With `resume`, an evaluation that was killed goes on, and samples only what is missing.
     """
     folder, name = Path(model), model
     of_run = (folder / "run.yaml").is_file()
@@ -161,22 +155,161 @@ def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say
     run = run.model_copy(update={"optim": run.optim.model_copy(update={"lora": None})})  # nothing is trained here
     stem = Path(recipe).stem
     out = folder / "evals" / stem if of_run else Path(run.out).parent / "evals" / f"{folder.name}-{stem}"
-    target = RunFolder(run.out if any(o.startswith("out=") for o in overrides) else _unused(out))
-    # Who taught it need not be there any more.
-    ground = lay_ground(run.model_copy(update={"teacher": None}), say, trains=False)
+    if any(o.startswith("out=") for o in overrides):
+        out = Path(run.out)
+    elif not resume:
+        out = _unused(out)
+    place = _begun(out, run, say) if resume else out
+    # Who taught it need not be there any more, and what it was shown is not asked for.
+    ground = lay_ground(run.model_copy(update={"teacher": None, "privilege": None}), say, trains=False)
     try:
         if not ground.dataset.heldout:
             raise UserError("data.heldout = 0: there is nothing to evaluate on; set it above 0")
         if of_run:
             ground = _unseen(ground, folder, say)
-        _, engine = load_engine(ground)
-        summary = evaluate(ground, engine, target, 0)
-        engine.close()
+        target = RunFolder(place, resume=resume, warn=say)
+        rows = _complete(ground, target, run, say)
     finally:
         if ground.rewarder is not None:
             ground.rewarder.close()
     say(f"completions: {target.completions}")
-    return summary
+    return summarise(rows, run.eval.k)
+
+
+def _complete(ground: Ground, folder: RunFolder, run: Run, say: Say) -> list[dict[str, Any]]:
+    """Every completion of an evaluation, in order: those that are in the folder, and those missing, sampled now.
+
+    They are saved batch by batch, so that a killed evaluation loses two batches at most.
+    """
+    problems, samples = heldout(ground), run.eval.samples
+    asked = [Request(problem, ground.renderer.prompt(problem), EVALUATION, run.seed) for problem in problems]
+    plan = {(problem.id, sample): None for problem in problems for sample in range(samples)}
+    there = _saved(ground, folder.completions, asked, plan, say)
+    if there:
+        rest = f"sampling the other {len(plan) - len(there)}" if len(there) < len(plan) else "none is missing"
+        say(f"{len(there)} of {len(plan)} completions are there; {rest}")
+    backbone, engine = load_engine(ground)
+    _begin(folder, run, digest(backbone.model))
+    for rows in _missing(ground, engine, asked, there):
+        try:
+            append_rows(folder.completions, rows)
+        except OSError as error:
+            raise UserError(f"{folder.completions} cannot be written ({error.strerror}); free some space and give the "
+                            "same command with --resume") from error
+        there |= {(row["problem"], row["sample"]): row for row in rows}
+    engine.close()
+    return [there[key] for key in plan]
+
+
+def _missing(ground: Ground, engine: Engine, asked: Sequence[Request],
+             there: Mapping[tuple[str, int], Any]) -> Iterator[list[dict[str, Any]]]:
+    """The rows that are not `there`, batch by batch; one batch is verified while the next is sampled.
+
+    A batch of which some are there is sampled whole: the last bits of a log-prob depend on who else is in the batch,
+    and each response must get those that it would have got. Only what is missing of it is verified.
+    """
+    run, rewarder, sampling = ground.run, ground.rewarder, sampling_of(ground)
+    assert rewarder is not None, "a recipe with held-out problems has a reward"
+    under_way: deque[tuple[list[Rollout], Pending]] = deque()
+
+    def rows() -> list[dict[str, Any]]:
+        rollouts, pending = under_way.popleft()
+        texts = [ground.tokenizer.decode(list(rollout.prompt.token_ids)) for rollout in rollouts]
+        return rows_of(rollouts, pending.result(), model=run.model, seed=run.seed, step=0, prompts=texts)
+
+    for requests, n in batches(asked, run.eval.samples, run.rollout.max_rows):
+        keys = {(request.problem.id, request.first + i) for request in requests for i in range(n)}
+        if keys <= there.keys():
+            continue
+        rollouts = [rollout for rollout in engine.sample(requests, n, sampling)
+                    if (rollout.problem.id, rollout.sample) not in there]
+        under_way.append((rollouts, rewarder.submit(rollouts)))
+        if len(under_way) > 1:
+            yield rows()
+    while under_way:
+        yield rows()
+
+
+def batches(asked: Sequence[Request], samples: int, most: int) -> Iterator[tuple[list[Request], int]]:
+    """What to ask an engine that decodes `most` responses at once: requests, and how many responses to each.
+
+    Whole problems where their samples fit, as the engine itself would cut them; else one problem's, in parts.
+    """
+    if samples <= most:
+        size = most // samples
+        for start in range(0, len(asked), size):
+            yield list(asked[start : start + size]), samples
+        return
+    for request in asked:
+        for first in range(0, samples, most):
+            yield [replace(request, first=first)], min(most, samples - first)
+
+
+def _saved(ground: Ground, path: Path, asked: Sequence[Request], plan: Mapping[tuple[str, int], Any],
+           say: Say) -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows that an earlier, killed evaluation saved; a torn last one is cut away.
+
+    Raises UserError where they are not what this evaluation would have made.
+    """
+    if mend_tail(path):
+        say(f"the last line of {path} is truncated: cut away, to be sampled again")
+    if not path.exists() or path.stat().st_size == 0:
+        return {}
+    run, sampling = ground.run, sampling_as_saved(sampling_of(ground))
+    prompts = {request.problem.id: ground.tokenizer.decode(list(request.prompt.token_ids)) for request in asked}
+    references = {request.problem.id: request.problem.answer for request in asked}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in read_rows(path, say):
+        key = (row["problem"], row["sample"])
+        if key not in plan:
+            raise UserError(f"resume: {path} holds sample {row['sample']} of problem {row['problem']}, which this "
+                            "evaluation does not ask for: the data has changed; begin anew in another out")
+        expected = {"model": run.model, "arm": STUDENT, "step": 0, "seed": run.seed, "sampling": sampling,
+                    "prompt": prompts[row["problem"]], "reference": references[row["problem"]]}
+        for field, value in expected.items():
+            if row[field] != value:
+                raise UserError(f"resume: {path} was sampled with {field} = {row[field]!r} (problem {row['problem']}), "
+                                f"not {value!r}; begin anew in another out")
+        found[key] = row
+    return found
+
+
+def _begin(folder: RunFolder, run: Run, weights: str) -> None:
+    """Write what an evaluation starts with: eval.yaml and versions.json, with the digest of the model's weights.
+
+    Raises UserError where another recipe or other weights have begun in this folder.
+    """
+    kept = folder.path / "versions.json"
+    begun = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    if begun.get("weights", weights) != weights:
+        raise UserError(f"resume: the weights of {run.model} are not those that {folder.path} was begun with; put them "
+                        "back, or begin anew in another out")
+    folder.write_run(run.resolved(), may_change=MAY_CHANGE, name="eval.yaml")
+    folder.write_versions({**versions(), "weights": weights})
+
+
+def _begun(out: Path, run: Run, say: Say) -> Path:
+    """The newest of `out`, out-2, out-3, ... that this evaluation has begun; `out` where there is none.
+
+    Raises UserError where all that are there were begun by another recipe or model.
+    """
+    there = list(takewhile(Path.exists, _numbered(out)))
+    refused = None
+    for path in reversed(there):
+        if not (path / "eval.yaml").is_file():
+            if any(path.iterdir()):
+                refused = refused or UserError(f"resume: {path} holds no eval.yaml, so it is not an evaluation that "
+                                               "can go on; begin anew in another out")
+            continue
+        try:
+            refuse_other(path / "eval.yaml", run.resolved(), MAY_CHANGE)
+            return path
+        except UserError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
+    say(f"nothing to resume in {out}: the evaluation begins")
+    return out
 
 
 def _unseen(ground: Ground, folder: Path, say: Say) -> Ground:
@@ -204,5 +337,9 @@ def _unseen(ground: Ground, folder: Path, say: Say) -> Ground:
 
 def _unused(path: Path) -> Path:
     """`path`, or the first of path-2, path-3, ... that is not there: no evaluation overwrites another."""
-    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
-    return path if not path.exists() else next(each for each in numbered if not each.exists())
+    return next(each for each in _numbered(path) if not each.exists())
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """path, path-2, path-3, ..."""
+    return chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))

@@ -81,12 +81,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to sample from. (seed, step, problem.id, sample) keys the randomness of every rollout."""
+    """One prompt to sample from. (seed, step, problem.id, sample) keys the randomness of every rollout.
+
+    `first` is the number of the first sample: n responses to it are samples first .. first + n - 1.
+    """
 
     problem: Problem
     prompt: Prompt
     step: int
     seed: int
+    first: int = 0
 
 
 @dataclass(frozen=True)

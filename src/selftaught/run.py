@@ -219,7 +219,21 @@ def make_run(tree: Mapping[str, Any]) -> Run:
     try:
         return Run.model_validate(dict(tree))
     except ValidationError as error:
-        raise UserError("\n".join(dict.fromkeys(_fault(fault) for fault in _telling(error.errors())))) from None
+        raise _told(error) from None
+
+
+def make_reward(value: Any) -> RewardConfig:
+    """A reward in any form that a recipe may give it. Raises UserError as `make_run`."""
+    try:
+        return RewardConfig.parse(value)
+    except ValidationError as error:
+        raise _told(error, "reward") from None
+
+
+def _told(error: ValidationError, *parents: str) -> UserError:
+    """pydantic's error in our words; `parents`: where in a recipe its locations begin."""
+    faults = [{**fault, "loc": (*parents, *fault["loc"])} for fault in error.errors()]
+    return UserError("\n".join(dict.fromkeys(_fault(fault) for fault in _telling(faults))))
 
 
 def _read(recipe: str) -> dict[str, Any]:

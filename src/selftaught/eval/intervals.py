@@ -70,8 +70,8 @@ def bootstrap_quantiles(
 ) -> tuple[Array, Array, Array]:
     """Quantiles over samples, every problem with the same weight, and the ends of their intervals over problems.
 
-    `samples` holds those of each problem; none may be empty. The quantile at share q is the least sample at which the
-    mean over problems of their distribution functions reaches q. Returns three arrays, one number for each of `shares`.
+    `samples` holds those of each problem; none may be empty. The quantile at share q in (0, 1] is the least sample at
+    which the mean over problems of their distribution functions reaches q. Returns three arrays, a number for each q.
     """
     values = np.unique(np.concatenate([np.asarray(each, dtype=np.float64) for each in samples]))
     cdf_PL = np.stack([np.searchsorted(np.sort(each), values, side="right") / len(each) for each in samples])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from selftaught.errors import UserError
-from selftaught.records import Rollout, Verdict
+from selftaught.records import Rollout, Sampling, Verdict
 
 Row = Mapping[str, Any]
 
@@ -56,7 +56,7 @@ def rows_of(
             "tokens": len(rollout.token_ids),
             "finish": rollout.finish,
             "step": step,
-            "sampling": {**asdict(rollout.sampling), "stop": list(rollout.sampling.stop)},
+            "sampling": sampling_as_saved(rollout.sampling),
             "seed": seed,
             "model": model,
             "arm": arm,
@@ -64,6 +64,11 @@ def rows_of(
         }
         for rollout, verdict, prompt in zip(rollouts, verdicts, shown, strict=True)
     ]
+
+
+def sampling_as_saved(sampling: Sampling) -> dict[str, Any]:
+    """The mapping that a row holds."""
+    return {**asdict(sampling), "stop": list(sampling.stop)}
 
 
 def append_rows(path: Path | str, rows: Iterable[Row]) -> None:
@@ -87,10 +92,10 @@ def append_rows(path: Path | str, rows: Iterable[Row]) -> None:
         raise
 
 
-def mend_tail(path: Path) -> None:
-    """Make the file end at a line's end: a whole last row gets its newline, a torn one is cut away."""
+def mend_tail(path: Path) -> bool:
+    """Make the file end at a line's end: a whole last row gets its newline, a torn one is cut away (then True)."""
     if not path.exists() or path.stat().st_size == 0:
-        return
+        return False
     with path.open("rb+") as file:
         start, tail = file.seek(0, os.SEEK_END), b""
         while start > 0 and b"\n" not in tail:
@@ -98,21 +103,24 @@ def mend_tail(path: Path) -> None:
             start = file.seek(start - take)
             tail = file.read(take) + tail
         if tail.endswith(b"\n"):
-            return
+            return False
         last = tail[tail.rfind(b"\n") + 1 :]
-        if parse(last.decode("utf-8", "replace")) is None:
+        torn = parse(last.decode("utf-8", "replace")) is None
+        if torn:
             file.truncate(start + len(tail) - len(last))
         else:
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
+    return torn
 
 
 def read_rows(path: Path | str, warn: Callable[[str], None] = warnings.warn) -> list[dict[str, Any]]:
     """All whole rows of a file, in file order, every key of `KEYS` present (None where the file has none).
 
     What is wrong with single lines is named through `warn` and the rest still counted: lines that are no
-    rows, a truncated last line, duplicated ids (the first row stands), mixed sampling settings, and problems
-    on which no sample has a score. UserError: no such file, or not one whole row in it.
+    rows, a truncated last line, duplicated ids (the first row stands), mixed sampling settings, problems on which
+    no sample has a score, and problems without a reference answer among others that have one. UserError: no such
+    file, or not one whole row in it.
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []
@@ -136,9 +144,9 @@ def read_rows(path: Path | str, warn: Callable[[str], None] = warnings.warn) -> 
     if not rows:
         raise UserError(f"{path}: no completion in it; each line must be a JSON object with {', '.join(NEEDED)}")
     if broken:
-        warn(f"{path.name}: {_count(broken, 'line')} left out: {_some(broken)}")
+        warn(f"{path.name}: {count_of(broken, 'line')} left out: {some_of(broken)}")
     if duplicated:
-        warn(f"{path.name}: {_count(duplicated, 'duplicated row')} left out, the first stands: {_some(duplicated)}")
+        warn(f"{path.name}: {count_of(duplicated, 'duplicated row')} left out, the first stands: {some_of(duplicated)}")
     for message in _doubts(rows):
         warn(f"{path.name}: {message}")
     return rows
@@ -171,7 +179,12 @@ def _doubts(rows: Sequence[Row]) -> Iterator[str]:
         judged = {row["problem"] for row in mine if row["score"] is not None}
         unjudged = sorted({str(row["problem"]) for row in mine if row["problem"] not in judged})
         if unjudged:
-            yield f"{_count(unjudged, 'problem')} without one score ({where}) not counted: {_some(unjudged)}"
+            yield f"{count_of(unjudged, 'problem')} without one score ({where}) not counted: {some_of(unjudged)}"
+        known = {row["problem"] for row in mine if row.get("reference") is not None}
+        unknown = sorted({str(row["problem"]) for row in mine if row["problem"] not in known})
+        if known and unknown:
+            lacking = f"{count_of(unknown, 'problem')} without a reference answer ({where})"
+            yield f"{lacking}, left out of best_constant alone: {some_of(unknown)}"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
@@ -218,10 +231,12 @@ def _plain_prompt(prompt: str | Sequence[Mapping[str, str]]) -> str | list[dict[
     return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
 
 
-def _count(items: Sequence[str], noun: str) -> str:
+def count_of(items: Sequence[str], noun: str) -> str:
+    """ "3 rows"."""
     return f"{len(items)} {noun}" + ("" if len(items) == 1 else "s")
 
 
-def _some(items: Sequence[str], shown: int = 5) -> str:
+def some_of(items: Sequence[str], shown: int = 5) -> str:
+    """ "p1, p2 and 7 more"."""
     more = len(items) - shown
     return ", ".join(items[:shown]) + (f" and {more} more" if more > 0 else "")

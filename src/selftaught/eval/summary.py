@@ -24,9 +24,9 @@ def summarise(rows: Sequence[Row], ks: Iterable[int], *, seed: int = 0, threshol
 
     A sample is right where its saved `status` is "right": the first part of the reward says so, and a user's function
     that returns a number does from 1.0 on. Where no status is saved, it is right from the score `threshold` on.
-    `pass@k`, `pass^k`, `maj@k` and `mean@k` for each k, `distinct_answers`, `length` (tokens) and `truncated` (share cut
-    at the length limit) are {value, low, high}: the mean over problems and its 95 % percentile bootstrap interval over
-    problems; None where the rows do not say. So are the quantiles `length_p10`, `length_p50` and `length_p90` of the
+    `pass@k`, `pass^k`, `maj@k` and `mean@k` for each k, `distinct_answers`, `length` (tokens) and `truncated` (share
+    cut at the length limit) are {value, low, high}: the mean over problems and its 95 % percentile bootstrap interval
+    over problems; None where the rows do not say. So are `length_p10`, `length_p50` and `length_p90`, quantiles of the
     lengths of all samples, each problem with the same weight. `best_constant` is {value, answer}, `status` counts
     samples, `problems` and `samples` are counts, `left_out` says how many problems have too few samples for a k.
     UserError: a k above every problem's number of samples, no rows, or rows of several evaluations.

@@ -2,7 +2,7 @@
 
 from selftaught.report.card import model_card
 from selftaught.report.curves import write_curves
-from selftaught.report.folder import RunFolder
+from selftaught.report.folder import RunFolder, refuse_other
 from selftaught.report.health import Health
 from selftaught.report.html import write_report
 from selftaught.report.progress import Progress, duration
@@ -18,6 +18,7 @@ __all__ = [
     "Trackers",
     "duration",
     "model_card",
+    "refuse_other",
     "result_sentence",
     "result_table",
     "versions",

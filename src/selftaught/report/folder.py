@@ -20,7 +20,7 @@ import yaml
 
 from selftaught.errors import UserError
 
-MARKS = ("run.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints", "final")  # any of them: a run lives here
+MARKS = ("run.yaml", "eval.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints", "final")  # any: a run lives here
 OURS = (*MARKS, "versions.json", "rollouts", "results.json", "report.html", "curves.png", "tensorboard")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -83,25 +83,15 @@ class RunFolder:
     def final(self) -> Path:
         return self.path / "final"
 
-    def write_run(self, run: Mapping[str, Any], *, may_change: Collection[str] = ()) -> None:
+    def write_run(self, run: Mapping[str, Any], *, may_change: Collection[str] = (), name: str = "run.yaml") -> None:
         """Write run.yaml, the resolved recipe; or, where there is one, compare it with `run`.
 
         UserError: a key other than those in `may_change` ("out", "eval.every") differs from the run resumed.
         """
-        path = self.path / "run.yaml"
-        run = json.loads(json.dumps(run, default=str))
-        if path.exists():
-            old = dict(_leaves(yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
-            new = dict(_leaves(run))
-            for key in sorted(old.keys() | new.keys()):
-                allowed = any(key == free or key.startswith(free + ".") for free in may_change)
-                if old.get(key) != new.get(key) and not allowed:
-                    raise UserError(
-                        f"{key} = {new.get(key)!r}, but {self.path} was begun with {old.get(key)!r}; "
-                        "resume with the old value, or start anew in another out"
-                    )
+        path = self.path / name
+        refuse_other(path, run, may_change)
         try:
-            _replace(path, yaml.safe_dump(run, sort_keys=False, allow_unicode=True))
+            _replace(path, yaml.safe_dump(as_json(run), sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise UserError(f"out: {path} cannot be written ({error.strerror}); free some space") from error
 
@@ -178,6 +168,26 @@ class RunFolder:
             number = path.stem.removeprefix("step-")
             if number.isdecimal() and int(number) > step:
                 path.unlink()
+
+
+def as_json(run: Mapping[str, Any]) -> Any:
+    """A resolved recipe in plain types alone."""
+    return json.loads(json.dumps(run, default=str))
+
+
+def refuse_other(path: Path, run: Mapping[str, Any], may_change: Collection[str]) -> None:
+    """Raise UserError where the recipe at `path`, if there is one, differs from `run` in a key not in `may_change`."""
+    if not path.exists():
+        return
+    old = dict(_leaves(yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
+    new = dict(_leaves(as_json(run)))
+    for key in sorted(old.keys() | new.keys()):
+        allowed = any(key == free or key.startswith(free + ".") for free in may_change)
+        if old.get(key) != new.get(key) and not allowed:
+            raise UserError(
+                f"{key} = {new.get(key)!r}, but {path.parent} was begun with {old.get(key)!r}; "
+                "resume with the old value, or start anew in another out"
+            )
 
 
 def plain(value: Any) -> Any:

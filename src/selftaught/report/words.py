@@ -71,7 +71,7 @@ def result_sentence(results: Mapping[str, Any]) -> str:
 
 
 def measure_rows(results: Mapping[str, Any]) -> list[MeasureRow]:
-    """The before-and-after table, without what says the same twice: maj@1, pass^1, and mean@k where all scores are 0 or 1."""
+    """The before-and-after table, without what says the same twice: maj@1, pass^1, and mean@k of scores 0 or 1."""
     before, after, difference = (results.get(part) or {} for part in ("before", "after", "difference"))
     names = [n for n in dict.fromkeys([*before, *after]) if _is_measure(before.get(n) or after.get(n))]
     order = {"pass@": 0, "pass^": 1, "maj@": 2, "mean@": 3}

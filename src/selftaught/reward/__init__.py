@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selftaught.reward.config import RewardConfig, RewardPart, from_callables
-    from selftaught.reward.rewarder import Pending, Rewarder, check
+    from selftaught.reward.rewarder import Pending, Rewarder, check, judgeable
 
-__all__ = ["Pending", "RewardConfig", "RewardPart", "Rewarder", "check", "from_callables"]
+__all__ = ["Pending", "RewardConfig", "RewardPart", "Rewarder", "check", "from_callables", "judgeable"]
 
 _HOMES = {"RewardConfig": "config", "RewardPart": "config", "from_callables": "config"}
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from selftaught.errors import UserError, nearest
-from selftaught.records import Problem, Rollout, Status, Verdict
+from selftaught.records import Problem, Rollout, Say, Status, Verdict
 from selftaught.reward import extract, verifiers
 from selftaught.reward.config import RewardConfig, RewardPart
 from selftaught.reward.pool import Pool, Prepare
@@ -240,6 +240,28 @@ def check(config: RewardConfig, problems: Sequence[Problem], functions: Function
             )
         if verdict is not None and verdict["status"] == "error":
             raise UserError(f"{where} fails on a trial completion: {verdict['feedback']}")
+
+
+def judgeable(config: RewardConfig, problems: Sequence[Problem], say: Say) -> tuple[Problem, ...]:
+    """The problems whose answers the parts can compare with; how many others there are, and why, goes to `say`.
+
+    Raises UserError where none is left.
+    """
+    kept, faults = [], []
+    for problem in problems:
+        try:
+            for index, part in enumerate(config.parts):
+                _check_problem(f"reward.parts[{index}] ({part.name})", part, problem)
+            kept.append(problem)
+        except UserError as error:
+            faults.append((problem.id, error))
+    if faults and not kept:
+        raise faults[0][1]
+    if faults:
+        named = ", ".join(each for each, _ in faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")
+        say(f"{len(faults)} of {len(problems)} problems cannot be judged and are left out: {named}; the first: "
+            f"{faults[0][1]}")
+    return tuple(kept)
 
 
 def _check_problem(where: str, part: RewardPart, problem: Problem) -> None:

@@ -53,7 +53,7 @@ class Engine(Protocol):
     """A sampler of y ~ pi(. | x). `sample` is `submit` followed by `poll` until all is back, in request order."""
 
     def submit(self, requests: Sequence[Request], n: int, sampling: Sampling) -> None:
-        """Queue n responses to each request."""
+        """Queue n responses to each request, numbered from its `first` on."""
         ...
 
     def poll(self) -> list[Rollout]:

@@ -64,7 +64,7 @@ class TransformersEngine:
 
     def submit(self, requests: Sequence[Request], n: int, sampling: Sampling) -> None:
         """Queue n responses to each request."""
-        pairs = [(request, sample) for request in requests for sample in range(n)]
+        pairs = [(request, request.first + i) for request in requests for i in range(n)]
         size = self.max_rows if n > self.max_rows else self.max_rows // n * n
         for start in range(0, len(pairs), size):
             self._queue.append((pairs[start : start + size], sampling))
