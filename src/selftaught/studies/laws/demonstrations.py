@@ -161,7 +161,7 @@ def _tilt_figure(generator: Generator) -> Figure:
     for colour, beta in enumerate((0.0, 1.0, 3.0)):
         change = (by_sdpg(base, teachers, weight, beta) - base)[0]
         offset = float((change - i / (1 + beta)).mean())
-        ends = numbers(torch.stack([i.min(), i.max()]))
+        ends = numbers(torch.stack([i.min() - 0.5, i.max() + 0.5]))
         lines += [Line(f"beta = {beta:g}, found", points(i, change), colour=colour),
                   Line(f"beta = {beta:g}, slope 1 / (1 + beta)", [(x, x / (1 + beta) + offset) for x in ends],
                        colour=colour, dashed=True)]

@@ -76,9 +76,10 @@ def increments(generator: Generator) -> Law:
     checks.append(check("SDPG's optimum at beta 0.5, alpha 0.3: (e^(R / std) T^beta base^alpha)^(1 / (alpha + beta))",
                         closed.exp(), found.exp(), "sdpg", 1e-9))
     table, data = _distances(generator, checks)
-    lines = [Line("RLSD, A > 0", points(grid, phi(grid, 1)), colour=0), Line("RLSD, A < 0", points(grid, phi(grid, -1)),
-             colour=1), Line("unclipped to first order, SDPG sampled: d", points(grid[40:81], grid[40:81]), colour=7,
-             dashed=True)]
+    near = torch.linspace(-0.5, 0.5, 101, dtype=torch.float64)
+    lines = [Line("RLSD, A > 0", points(near, phi(near, 1)), colour=0),
+             Line("RLSD, A < 0", points(near, phi(near, -1)), colour=1),
+             Line("d itself: first order, and SDPG at one sampled token", points(near, near), colour=7, dashed=True)]
     return Law("increments", "RLSD adds a clipped, sampled pull to the teacher, hundreds of times SDPG's", [
         "RLSD's advantage is A + lam |A| phi(d), d = log T(y) - log S(y): for either sign of A it adds what has the "
         "sign "
