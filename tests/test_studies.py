@@ -33,9 +33,9 @@ def test_a_study_of_all_runs_the_methods_and_no_recipe_of_another_name() -> None
 @pytest.mark.parametrize("method", study.CONTROLLED)
 def test_the_arms_of_every_shipped_recipe_are_runs(method: str) -> None:
     own = load_run(f"small/{method}")
-    assert study.overrides(study.Arm(method, "right", 0)) == []
+    assert study.changes(study.Arm(method, "right", 0)) == []
     for kind in ("empty", "wrong"):
-        run = load_run(f"small/{method}", study.overrides(study.Arm(method, kind, 0)))
+        run = load_run(f"small/{method}", study.changes(study.Arm(method, kind, 0)))
         assert run.privilege is not None and own.privilege is not None
         changed = run.model_copy(update={"privilege": own.privilege, "method": own.method})
         assert changed == own  # nothing but the privilege, or what would read it
@@ -48,7 +48,7 @@ def test_the_arms_of_every_shipped_recipe_are_runs(method: str) -> None:
 def test_a_study_runs_what_is_missing_once_and_makes_its_table(tmp_path: Path) -> None:
     model, out, said = save_tiny(tmp_path / "model"), tmp_path / "study", list[str]()
     extra = [f"model={model}", *TINY]
-    table = study.run(out, said.append, methods=("rlsd", "gkd"), jobs=2, extra=extra)
+    table = study.run(out, said.append, only=("rlsd", "gkd"), jobs=2, overrides=extra)
     rows = {(row["method"], row["privilege"]): row for row in json.loads((out / "table.json").read_text())}
     assert set(rows) == {("rlsd", "right"), ("rlsd", "empty"), ("rlsd", "wrong"), ("gkd", "right"), ("grpo", "right")}
     gkd = yaml.safe_load((out / "gkd-right-0" / "run.yaml").read_text())
@@ -62,18 +62,18 @@ def test_a_study_runs_what_is_missing_once_and_makes_its_table(tmp_path: Path) -
     (out / "gkd-right-0" / "results.json").unlink()
     for step in (out / "gkd-right-0" / "checkpoints").iterdir():
         step.rename(step.with_name(f"gone-{step.name}"))  # as if stopped before its first
-    assert study.run(out, said.append, methods=("rlsd", "gkd"), jobs=2, extra=extra) == table
+    assert study.run(out, said.append, only=("rlsd", "gkd"), jobs=2, overrides=extra) == table
     assert sorted(said) == ["gkd-right-0: done", "gkd-right-0: started", "rlsd-wrong-0: done", "rlsd-wrong-0: resumed"]
 
 
 def test_a_failed_arm_is_named_and_the_others_stand_in_the_table(tmp_path: Path) -> None:
     model, out = save_tiny(tmp_path / "model"), tmp_path / "study"
     with pytest.raises(UserError, match=r"1 of 1 runs failed \(grpo-right-0: .*optim.steps") as told:
-        study.run(out, lambda text: None, methods=("grpo",), extra=[f"model={model}", *TINY, "optim.steps=-1"])
+        study.run(out, lambda text: None, only=("grpo",), overrides=[f"model={model}", *TINY, "optim.steps=-1"])
     assert "table.md" in str(told.value)
     assert len((out / "table.md").read_text().splitlines()) == 2
 
 
 def test_a_method_without_a_small_recipe_is_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"small/rsld.*did you mean 'rlsd'"):
-        study.run(tmp_path, lambda text: None, methods=("rsld",))
+        study.run(tmp_path, lambda text: None, only=("rsld",))

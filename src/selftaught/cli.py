@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from selftaught.errors import Unreachable, UserError, nearest
+from selftaught.errors import Unreachable, UserError
+from selftaught.studies import STUDIES, start
 
 app = typer.Typer(help="Train language models on their own rollouts.", no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -232,28 +233,17 @@ def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(
-        help="methods: each on one task, the self-taught ones also with an empty and a wrong privilege; "
-        "science: GRPO and self-distillation from one and three demonstrations on SciKnowEval and GPQA")],
+    name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in STUDIES.items()))],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="the study's folder; runs/NAME if not given")] = None,
-    only: Annotated[str | None, typer.Option(help="some methods (science: and domains), with commas")] = None,
-    seeds: Annotated[str, typer.Option(help="with commas")] = "0",
-    jobs: Annotated[int, typer.Option(help="runs at a time; 0: one per processor, at most 4 (science: 1)")] = 0,
-    smoke: Annotated[bool, typer.Option("--smoke", help="two steps of each run, to see that all of them work")] = False,
+    only: Annotated[str | None, typer.Option(help="some of its parts (methods, laws), with commas")] = None,
+    seeds: Annotated[str | None, typer.Option(help="with commas; 0 if not given")] = None,
+    jobs: Annotated[int | None, typer.Option(help="runs at a time; by default one per processor, at most 4")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="cut short, to see that all of it works")] = False,
 ) -> None:
     """A whole experiment; the same command goes on where it was stopped."""
-    from selftaught.studies import methods, science
-
-    if name not in ("methods", "science"):
-        raise UserError(f"study {name!r}: {nearest(name, ['methods', 'science'])}")
-    folder, some = out or Path(f"runs/{name}{'-smoke' if smoke else ''}"), only.split(",") if only else ()
-    if name == "science":
-        typer.echo(science.run(folder, _say, only=some, seeds=_ladder(seeds, "--seeds"), jobs=jobs,
-                               extra=[*(science.SMOKE if smoke else ()), *(overrides or [])]))
-        return
-    typer.echo(methods.run(folder, _say, methods=some, seeds=_ladder(seeds, "--seeds"),
-                           jobs=jobs, extra=[*(methods.SMOKE if smoke else ()), *(overrides or [])]))
+    typer.echo(start(name, out, _say, only=only.split(",") if only else None, jobs=jobs, smoke=smoke,
+                     seeds=_ladder(seeds, "--seeds") if seeds else None, overrides=overrides))
 
 
 def _dry_run(run: Any) -> None:

@@ -26,13 +26,17 @@ class Line:
     dashed: bool = False
 
 
-def line_chart(lines: Sequence[Line], *, x_label: str, alt: str, y_range: tuple[float, float] | None = None) -> str:
-    """An <svg> of all lines over common axes; "" where no line has a point. The y axis covers at least `y_range`."""
+def line_chart(lines: Sequence[Line], *, x_label: str, alt: str, y_range: tuple[float, float] | None = None,
+               x_whole: bool = True) -> str:
+    """An <svg> of all lines over common axes; "" where no line has a point. The y axis covers at least `y_range`.
+
+    `x_whole`: x counts something, so its ticks are whole numbers.
+    """
     points = [p for line in lines for p in line.points]
     if not points:
         return ""
     ys = [y for _, y in points] + [y for line in lines for _, low, high in line.band for y in (low, high)]
-    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points), 6, whole=True)
+    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points), 6, whole=x_whole)
     covered = [*ys, *(y_range or ())]
     y_ticks = ticks(min(covered), max(covered), 6)
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
@@ -63,11 +67,11 @@ def line_chart(lines: Sequence[Line], *, x_label: str, alt: str, y_range: tuple[
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
     for line in lines:
-        parts.extend(_curve(line, place))
+        parts.extend(_curve(line, place, x_label))
     return "".join(parts) + "</svg>"
 
 
-def _curve(line: Line, place: object) -> Iterable[str]:
+def _curve(line: Line, place: object, x_label: str) -> Iterable[str]:
     assert callable(place)
     colour = f"c{line.colour % COLOURS}"
     points = sorted(line.points)
@@ -88,7 +92,7 @@ def _curve(line: Line, place: object) -> Iterable[str]:
         dot, radius = ("dot faintdot", 1.6) if averaged else ("dot", 2.4)
         for x, y in points:
             across, up = place(x, y).split(",")
-            title = escape(f"{line.label}, step {x:g}: {y:.4g}")
+            title = escape(f"{line.label}, {x_label} {x:g}: {y:.4g}")
             yield f'<circle class="{dot} {colour}" cx="{across}" cy="{up}" r="{radius}"><title>{title}</title></circle>'
 
 

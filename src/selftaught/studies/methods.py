@@ -53,7 +53,7 @@ def arms(methods: Sequence[str], seeds: Sequence[int]) -> list[Arm]:
     return own + controls
 
 
-def overrides(arm: Arm) -> list[str]:
+def changes(arm: Arm) -> list[str]:
     """What makes the recipe of `arm.method` this arm."""
     if arm.privilege == "right":
         return []
@@ -69,22 +69,23 @@ def default_methods() -> list[str]:
     return [name for name in names() if f"small/{name}" in recipe_names()]
 
 
-def run(out: Path, say: Say, *, methods: Sequence[str] = (), seeds: Sequence[int] = (0,), jobs: int = 0,
-        extra: Sequence[str] = ()) -> str:
+def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] = (0,), jobs: int = 0,
+        smoke: bool = False, overrides: Sequence[str] = ()) -> str:
     """Run what is not finished under `out`, then write table.md and table.json there; returns the table.
 
-    `jobs` runs at a time, each with its share of the processors; 0: as many as there are processors, at most 4.
-    `extra` are overrides for every run. Methods with another model as their teacher learn from the final model of the
-    first seed's `grpo` run, which therefore comes first.
+    `only` some methods. `jobs` runs at a time, each with its share of the processors; 0: as many as there are
+    processors, at most 4. `overrides` are for every run; `smoke`: two steps of each. Methods with another model as
+    their teacher learn from the final model of the first seed's `grpo` run, which therefore comes first.
 
     Raises:
         UserError: a method without a small recipe, or runs that failed (the others are done and in the table).
     """
     shipped = [name.removeprefix("small/") for name in recipe_names() if name.startswith("small/")]
-    for method in methods:
+    extra = [*(SMOKE if smoke else ()), *overrides]
+    for method in only:
         if method not in shipped:
             raise UserError(f"study methods: there is no recipe small/{method}; {nearest(method, shipped)}")
-    todo = arms(methods or default_methods(), seeds)
+    todo = arms(only or default_methods(), seeds)
     external = {arm.method for arm in todo if load_run(f"small/{arm.method}").teacher is not None}
     teacher = Arm("grpo", "right", seeds[0])
     if external and teacher not in todo:
@@ -114,7 +115,7 @@ def _one(arm: Arm, out: Path, jobs: int, say: Say, extra: Sequence[str], teacher
     first = teacher.parent.with_name(Arm("grpo", "right", arm.seed).name)
     known = first != out / arm.name and (first / "results.json").is_file()
     return train(f"small/{arm.method}", out / arm.name,
-                 [f"seed={arm.seed}", *overrides(arm), *external, *([f"eval.before={first}"] if known else []), *extra],
+                 [f"seed={arm.seed}", *changes(arm), *external, *([f"eval.before={first}"] if known else []), *extra],
                  say, jobs=jobs)
 
 

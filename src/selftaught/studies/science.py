@@ -64,7 +64,7 @@ def arms(only: Sequence[str], seeds: Sequence[int]) -> list[Arm]:
         arm.domain in (domains or SPLITS) and arm.method in (methods or METHODS)))]
 
 
-def overrides(arm: Arm, source: str = SOURCE) -> list[str]:
+def changes(arm: Arm, source: str = SOURCE) -> list[str]:
     """What makes the method's recipe this arm: the domain's questions, its split and as many epochs."""
     trained, heldout = SPLITS[arm.domain]
     epoch = trained // 32
@@ -73,22 +73,23 @@ def overrides(arm: Arm, source: str = SOURCE) -> list[str]:
 
 
 def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] = (0, 1, 2), jobs: int = 1,
-        extra: Sequence[str] = ()) -> str:
+        smoke: bool = False, overrides: Sequence[str] = ()) -> str:
     """Run and evaluate what is not finished under `out`, then write table.md and table.json there; returns the table.
 
-    `extra` are overrides for every run. Two more keys are the study's own: `data.source` is a file or Hub name that
-    holds SciKnowEval, `gpqa` one that holds GPQA Extended, or `none`. One run at a time, as one fills a machine, or
-    `jobs`.
+    `overrides` are for every run, `smoke` cuts each short. Two more keys are the study's own: `data.source` is a file or
+    Hub name that holds SciKnowEval, `gpqa` one that holds GPQA Extended, or `none`. One run at a time, as one fills a
+    machine, or `jobs`.
 
     Raises:
         UserError: an arm that is none, or runs that failed (the others are done and in the table).
     """
+    extra = [*(SMOKE if smoke else ()), *overrides]
     todo = arms(only, seeds)
     given = dict(pair.split("=", 1) for pair in extra if pair.startswith(("data.source=", "gpqa=")))
     plain = [pair for pair in extra if not pair.startswith(("data.source=", "gpqa="))]
     source, outside = given.get("data.source", SOURCE), given.get("gpqa", OUTSIDE)
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        work = [pool.submit(train, METHODS[arm.method], out / arm.name, [*overrides(arm, source), *plain], say,
+        work = [pool.submit(train, METHODS[arm.method], out / arm.name, [*changes(arm, source), *plain], say,
                             jobs=max(1, jobs)) for arm in todo]  # fmt: skip
         failed = {arm.name: text for arm, done in zip(todo, work, strict=True) if (text := done.result())}
     if outside != "none":
@@ -114,7 +115,7 @@ def _ask_outside(todo: Sequence[Arm], out: Path, source: str, extra: Sequence[st
     for arm in todo:
         if arm.domain in NO_GPQA or not (out / arm.name / "final").is_dir():
             continue
-        model = load_run(METHODS[arm.method], [*overrides(arm), *extra]).model
+        model = load_run(METHODS[arm.method], [*changes(arm), *extra]).model
         asked = {model: out / f"before-gpqa-{arm.domain}", str(out / arm.name): out / arm.name / "gpqa"}
         for whose, folder in asked.items():
             if (folder / "done").is_file():
