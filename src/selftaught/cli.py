@@ -49,9 +49,25 @@ def evaluate(model: Annotated[str | None, typer.Argument(help="a run's folder, a
              overrides: Overrides = None,
              completions: Annotated[Path | None, typer.Option(help="measure this completions.jsonl alone")] = None,
              k: Annotated[str, typer.Option(help="the k of pass@k, with commas")] = "",
-             json_out: Annotated[Path | None, typer.Option("--json", help="write the measures here")] = None) -> None:
-    """Sample, verify and measure; or measure a saved file alone."""
+             json_out: Annotated[Path | None, typer.Option("--json", help="write the measures here")] = None,
+             leakage: Annotated[bool, typer.Option("--leakage", help="of a saved run: what its student took over that "
+                                                   "only its teacher could know")] = False,
+             diversity: Annotated[bool, typer.Option("--diversity", help="of a saved run or file: how different the "
+                                                     "answers are")] = False,
+             embedder: Annotated[str, typer.Option(help="of --diversity: ngrams, sentences, or a model folder")] = ""
+             ) -> None:
+    """Sample, verify and measure; or measure what is saved, without sampling."""
     ks = _ladder(k) if k else None
+    if leakage or diversity or embedder:
+        from selftaught.learned import learned, lines
+
+        found = learned(model, [*([recipe] if recipe else []), *(overrides or [])], completions, ks=ks, leakage=leakage,
+                        diversity=diversity or bool(embedder), embedder=embedder or "ngrams", say=_say, warn=_warn)
+        for line in lines(found):
+            typer.echo(line)
+        if json_out is not None:
+            _write(json_out, json.dumps(found, indent=2) + "\n")
+        return
     if completions is not None:
         if model is not None:
             raise UserError(f"eval: --completions measures a file alone, so leave {model!r} out")
@@ -180,7 +196,8 @@ def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(
-        help="methods: each on one task, the self-taught ones also with an empty and a wrong privilege")],
+        help="methods: each on one task, the self-taught ones also with an empty and a wrong privilege; leakage: "
+        "students with planted contamination, ranked by the leakage score (grpo=RUN adds one of GRPO)")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="the study's folder; runs/NAME if not given")] = None,
     only: Annotated[str | None, typer.Option(help="some methods, with commas")] = None,
@@ -189,11 +206,14 @@ def study(
     smoke: Annotated[bool, typer.Option("--smoke", help="two steps of each run, to see that all of them work")] = False,
 ) -> None:
     """A whole experiment; the same command goes on where it was stopped."""
-    from selftaught.studies import methods
+    from selftaught.studies import leakage, methods
 
-    if name != "methods":
-        raise UserError(f"study {name!r}: {nearest(name, ['methods'])}")
+    if name not in ("methods", "leakage"):
+        raise UserError(f"study {name!r}: {nearest(name, ['methods', 'leakage'])}")
     folder = out or Path(f"runs/{name}{'-smoke' if smoke else ''}")
+    if name == "leakage":
+        typer.echo(leakage.run(folder, _say, seeds=_ladder(seeds, "--seeds"), smoke=smoke, overrides=overrides or []))
+        return
     typer.echo(methods.run(folder, _say, methods=only.split(",") if only else (), seeds=_ladder(seeds, "--seeds"),
                            jobs=jobs, extra=[*(methods.SMOKE if smoke else ()), *(overrides or [])]))
 
