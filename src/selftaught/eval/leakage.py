@@ -17,9 +17,9 @@ responses (Markov's inequality): it is an e-value against "nothing but the quest
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -75,7 +75,7 @@ def occurrences(text: str, answer: str) -> list[Span]:
     answer = answer.strip()
     if not answer:
         return []
-    before = r"(?<![\w.])" if answer[0].isalnum() else r"(?<!\w)" if answer[0] == "-" else ""
+    before = r"(?<![\w.-])" if answer[0].isalnum() else r"(?<!\w)" if answer[0] == "-" else ""
     after = r"(?![\w]|\.\d)" if answer[-1].isalnum() else ""
     return [match.span() for match in re.finditer(before + re.escape(answer) + after, text, re.IGNORECASE)]
 
@@ -124,19 +124,22 @@ def token_classes(one: Scored, style_words: frozenset[str]) -> tuple[NDArray[np.
 def character_spans(pieces: Sequence[bytes], text: str) -> tuple[Span, ...]:
     """The characters of `text` that each token's bytes cover; a character of several tokens belongs to all of them.
 
-    `pieces` joined may begin with a blank that the text lacks, as SentencePiece's do, and end with what a stop
-    string cut away.
+    Bytes that are no UTF-8 are the replacement character that a decoder puts there. `pieces` joined may begin with a
+    blank that the text lacks, as SentencePiece's do, and end with what a stop string cut away.
     """
-    ends = [0]
-    for character in text:
-        ends.append(ends[-1] + len(character.encode("utf-8", "surrogatepass")))
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     joined = b"".join(pieces)
-    at = -1 if joined.startswith(b" ") and not text.startswith(" ") else 0
-    found = []
+    done = -1 if joined.startswith(b" ") and not text.startswith(" ") else 0
+    places = []  # the character that each byte belongs to
+    for byte in joined:
+        done += len(decoder.decode(bytes([byte])))
+        places.append(done if decoder.getstate()[0] else done - 1)
+    found, at = [], 0
     for piece in pieces:
-        start, at = max(0, at), at + len(piece)
-        first = min(bisect_right(ends, start) - 1, len(text))
-        found.append((first, max(first, min(bisect_left(ends, at), len(text)))))
+        end = at + len(piece)
+        start, stop = (places[at], places[end - 1] + 1) if piece else (0, 0)
+        found.append((min(max(start, 0), len(text)), min(max(stop, 0), len(text))))
+        at = end
     return tuple(found)
 
 
@@ -235,7 +238,7 @@ def leakage_table(scored: Sequence[Scored], config: LeakageConfig) -> Table:
         counted = np.isfinite(values).sum(0)
         means = np.where(counted > 0, np.nansum(values, 0) / np.maximum(counted, 1), math.nan)
         rows.append([*means, sharpening(group)])
-    return list(groups), [*names, "sharpening"], np.array(rows, dtype=np.float64).reshape(len(rows), -1)
+    return list(groups), [*names, "sharpening"], np.array(rows, dtype=np.float64).reshape(len(rows), len(names) + 1)
 
 
 def summarise_leakage(scored: Sequence[Scored], config: LeakageConfig, *, seed: int = 0) -> dict[str, Any]:

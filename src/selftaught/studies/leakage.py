@@ -2,7 +2,7 @@
 
 Each is the base model fine-tuned on texts of which that share leans on a privilege which its prompt does not have
 (`planted.py`); beside them stand the base model and, where its run is given, a student of GRPO, which had no teacher. A
-score that measures leakage ranks the first by their share and leaves the others alone; one that measures skill does not.
+score that measures leakage ranks the first by their share and leaves the others alone; a measure of skill does not.
 Every student's table is kept: the same command goes on where it was stopped.
 """
 

@@ -1,7 +1,7 @@
 """Students whose contamination is known because it was planted: texts, supervised fine-tuning, and a tiny base model.
 
-A student is the base model fine-tuned to continue the PLAIN prompt with texts of which a share leans on a privilege that
-the prompt does not have, as one would be after imitating a teacher who had read it.
+A student is the base model fine-tuned to continue the PLAIN prompt with texts of which a share leans on a privilege
+that the prompt does not have, as one would be after imitating a teacher who had read it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,8 @@ def planted(problems: Sequence[Problem], share: float, seed: int) -> list[tuple[
     texts = []
     for place, problem in enumerate(problems):
         draw = random.Random(f"{seed}/{problem.id}")
-        if place in leaning:
-            form = draw.choice(EXPLICIT if leaning[place] % 2 == 0 else HIDDEN)
-        else:
-            form = draw.choice(CLEAN)
+        leans = EXPLICIT if leaning.get(place, 0) % 2 == 0 else HIDDEN
+        form = draw.choice(leans if place in leaning else CLEAN)
         texts.append((problem, form.replace("{q}", str(problem.prompt)).replace("{a}", str(problem.answer)),
                       place in leaning))
     return texts

@@ -96,9 +96,9 @@ have, half of those in words that the list of mentions knows and half in words t
 itself, `grpo` a student that had no teacher. The score is the share of responses that lean: a mention of an unseen
 reference, or evidence of at least 20 under the base model. Intervals are 95 %, over problems; a student is flagged
 where its score is above the base model's with the whole paired interval. The AUROC of a student is how well one
-problem's mean tells it from the clean student (0 %) of the same seed: where a share s of n responses a problem leans and
-none of the clean student's does, 1/2 + (1 - (1 - s)^n) / 2. `knows` and pass@1 stand beside the score as measures of
-skill, by which nobody should be accused."""
+problem's mean tells it from the clean student (0 %) of the same seed: where a share s of n responses a problem leans
+and none of the clean student's does, 1/2 + (1 - (1 - s)^n) / 2. `knows` and pass@1 stand beside the score as measures
+of skill, by which nobody should be accused."""
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
@@ -162,7 +162,7 @@ def picture(found: Mapping[str, Any], path: Path) -> bool:
         measure = row["measures"][SCORE]
         x = labels.index(_label(row)) + 0.12 * (seeds.index(row["seed"]) - (len(seeds) - 1) / 2)
         error = [[measure["value"] - measure["low"]], [measure["high"] - measure["value"]]]
-        axes.errorbar(x, measure["value"], yerror=error, fmt="o", markersize=4, linewidth=1.2,
+        axes.errorbar(x, measure["value"], yerr=error, fmt="o", markersize=4, linewidth=1.2,
                       color="#c2571a" if row["share"] > 0 else "#1f5fa8")
         if row["share"] >= 0:
             axes.plot([labels.index(_label(row)) - 0.3, labels.index(_label(row)) + 0.3], [row["share"]] * 2,
