@@ -91,20 +91,33 @@ def test_students_that_lean_as_planted_are_ranked_and_flagged_and_the_others_are
     rank = found["ranking"]["leaning"]
     assert (rank["in_order"], rank["seeds"]) == (2, 2) and rank["auroc"]["value"] == 1.0
     assert rank["auroc"]["low"] == pytest.approx(0.025 ** (1 / 4))  # six against four: as sure as four can be
-    assert rank["tau"] == pytest.approx(24 / math.sqrt(28 * 24))  # all 24 pairs of different shares in order
+    assert rank["tau"] == pytest.approx(24 / math.sqrt(24 * 27))  # 24 pairs differ in share, and 27 in score: all but
+    assert (rank["auroc"]["problems_low"], rank["auroc"]["problems_high"]) == (1.0, 1.0)  # the two clean ones
     flagged = {row["name"] for row in found["students"] if row["flagged"]}
     assert flagged == {row["name"] for row in found["students"] if row["share"] > 0}
     skill = found["ranking"]["pass@1"]
     assert skill["in_order"] == 0 and 0 < skill["auroc"]["value"] < 1
 
 
+def test_the_interval_over_problems_draws_the_same_problems_for_every_student() -> None:
+    students = [student("base", -1, 0, rate(0.1, 0, 9)), student("planted-0-0", 0.0, 0, rate(0.3, 1, 9)),
+                student("planted-0.2-0", 0.2, 0, [*rate(0.3, 2, 8), math.nan])]  # fmt: skip
+    found = ranking.ranking(students, "leaning")["auroc"]
+    columns = np.array([one["table"][2][:, 0] for one in students])
+    rng, slow = np.random.default_rng(0), []
+    for _ in range(ranking.DRAWS):
+        means = np.nanmean(columns[:, rng.integers(0, 9, 9)], axis=1)
+        slow.append(np.mean([(means[2] > mean) + 0.5 * (means[2] == mean) for mean in means[:2]]))
+    assert (found["problems_low"], found["problems_high"]) == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])))
+
+
 def test_auroc_by_problem_is_what_the_share_allows() -> None:
     """Of n responses each leans with chance s, none of the clean student's: 1/2 + (1 - (1 - s)^n) / 2."""
-    many = [student("base", -1, 0, [0.0] * 4000), student("planted-0-0", 0.0, 0, [0.0] * 4000),
-            student("planted-0.2-0", 0.2, 0, rate(0.2, 5, 4000))]  # fmt: skip
+    many = [student("base", -1, 0, [0.0] * 1500), student("planted-0-0", 0.0, 0, [0.0] * 1500),
+            student("planted-0.2-0", 0.2, 0, rate(0.2, 5, 1500))]  # fmt: skip
     found = ranking.analysed(many)["students"][2]["auroc"]["leaning"]
-    assert found["value"] == pytest.approx(0.5 + (1 - 0.8**4) / 2, abs=0.02)
-    assert found["low"] < found["value"] < found["high"] and found["problems"] == 4000
+    assert found["value"] == pytest.approx(0.5 + (1 - 0.8**4) / 2, abs=0.03)
+    assert found["low"] < found["value"] < found["high"] and found["problems"] == 1500
     assert found["paired_low"] < found["value"] < found["paired_high"]
 
 

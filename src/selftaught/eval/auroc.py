@@ -14,7 +14,7 @@ Z95 = 1.959963984540054
 DRAWS = 2_000
 
 
-def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
+def auroc(positive: Sequence[float] | Array, negative: Sequence[float] | Array) -> float:
     """P(positive > negative) + P(equal) / 2 over all pairs (the Mann-Whitney statistic); NaN where a side is empty."""
     return _placements(positive, negative)[0]
 
@@ -24,8 +24,15 @@ def _placements(positive: Sequence[float] | Array, negative: Sequence[float] | A
     x, y = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
     if not x.size or not y.size:
         return math.nan, x, y
-    wins = (x[:, None] > y[None, :]) + 0.5 * (x[:, None] == y[None, :])
-    return float(wins.mean()), wins.mean(1), wins.mean(0)
+    across_m, across_n = _below(x, y), 1 - _below(y, x)
+    return float(across_m.mean()), across_m, across_n
+
+
+def _below(values: Array, others: Array) -> Array:
+    """For each value the share of `others` below it, those equal counted half."""
+    ordered = np.sort(others)
+    counts = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
+    return np.asarray(counts / (2 * others.size), dtype=np.float64)
 
 
 def delong(positive: Sequence[float], negative: Sequence[float], z: float = Z95) -> tuple[float, float, float]:

@@ -43,8 +43,8 @@ class Settings(Section):
     model: str = Field("quickstart", description="the base model")
     grpo: str | None = Field(None, description="the folder of a finished GRPO run that began with that model")
     shares: tuple[float, ...] = Field((0.0, 0.05, 0.2, 0.5), min_length=2, description="planted; 0 must be among them")
-    texts: int = Field(640, ge=16, description="texts of each student's fine-tuning, one for each problem")
-    steps: int = Field(40, ge=1, description="of fine-tuning")
+    texts: int = Field(512, ge=16, description="texts of each student's fine-tuning, one for each problem")
+    steps: int = Field(32, ge=1, description="of fine-tuning")
     batch: int = Field(16, ge=1, description="texts of a step")
     learning_rate: float = Field(5e-5, gt=0, description="its peak")
     problems: int = Field(96, ge=2, description="held-out problems")
@@ -132,7 +132,7 @@ def _keep_settings(out: Path, settings: Settings, smoke: bool) -> None:
 def _student(out: Path, ground: Ground, base: Backbone, settings: Settings, name: str, share: float, seed: int,
              say: Say) -> None:
     """Make one student, let it answer, measure it, and keep its table."""
-    began, worked = time.monotonic(), time.process_time()
+    clock = _Clock()
     place = f"{settings.grpo}/final" if name == "grpo" else ground.run.model
     own = Ground(ground.run.model_copy(update={"model": place}), ground.method, ground.tokenizer, ground.dataset,
                  ground.renderer, ground.rewarder)
@@ -142,23 +142,37 @@ def _student(out: Path, ground: Ground, base: Backbone, settings: Settings, name
                  for problem, text, _ in planted(ground.dataset.train[: settings.texts], share, seed)]
         tune(backbone, texts, steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate,
              seed=seed, budget=ground.run.optim.token_budget, say=say)
-    tuned = time.monotonic()
+    clock.lap("tune")
     problems = heldout(ground)
     rows = sample_rows(own, engine, problems, [ground.renderer.prompt(problem) for problem in problems],
                        step=0, arm="student", samples=settings.samples, model=name)  # fmt: skip
     engine.close()
-    sampled = time.monotonic()
+    clock.lap("sample")
     (out / f"{name}.completions.jsonl").unlink(missing_ok=True)
     append_rows(out / f"{name}.completions.jsonl", rows)
     table = measure(ground, Models(backbone, base), rows, ground.run.eval.leakage, settings.full, say)
-    seconds = {"tune": tuned - began, "sample": sampled - tuned, "score": time.monotonic() - sampled,
-               "processor": time.process_time() - worked}
-    say("  " + ", ".join(f"{what} {value:.0f} s" for what, value in seconds.items()))
+    clock.lap("score")
+    say("  " + ", ".join(f"{what} {wall:.0f} s ({worked:.0f} s of a processor)"
+                         for what, (wall, worked) in clock.seconds.items()))
     work = out / f".{name}.tmp"
     work.write_text(json.dumps({
-        "name": name, "share": share, "seed": seed, "seconds": seconds, "problems": table[0], "measures": table[1],
+        "name": name, "share": share, "seed": seed, "seconds": clock.seconds,
+        "problems": table[0], "measures": table[1],
         "values": [[None if math.isnan(v) else v for v in row] for row in table[2].tolist()]}) + "\n", encoding="utf-8")
     work.rename(out / f"{name}.json")
+
+
+class _Clock:
+    """Seconds of the wall and of the processor that each part took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, tuple[float, float]] = {}
+        self._last = time.monotonic(), time.process_time()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic(), time.process_time()
+        self.seconds[name] = now[0] - self._last[0], now[1] - self._last[1]
+        self._last = now
 
 
 def measure(ground: Ground, models: Models, rows: Sequence[Mapping[str, Any]], config: LeakageConfig, full: int,

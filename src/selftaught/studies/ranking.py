@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from selftaught.eval.auroc import delong, kendall, paired_bootstrap
+from selftaught.eval.auroc import auroc, delong, kendall, paired_bootstrap
 from selftaught.eval.tables import Table, differences, means
 
 Student = Mapping[str, Any]  # name, share (-1: nothing planted, not fine-tuned), seed, seconds, table
@@ -19,6 +19,7 @@ Student = Mapping[str, Any]  # name, share (-1: nothing planted, not fine-tuned)
 SCORES = ("leaning", "mention", "evidence", "knows", "pass@1")  # by which students are ranked; the first is THE score
 SCORE = SCORES[0]
 SHOWN = ("mention", "evidence", "knows", "pass@1")
+DRAWS = 2_000
 
 
 def analysed(students: Sequence[Student]) -> dict[str, Any]:
@@ -69,8 +70,28 @@ def ranking(students: Sequence[Student], score: str) -> dict[str, Any]:
         in_order += all(a < b for a, b in pairwise(own))
     area, low, high = delong([value[one["name"]] for one in students if one["share"] > 0],
                              [value[one["name"]] for one in students if one["share"] <= 0])
+    problems_low, problems_high = _over_problems(students, score)
     return {"tau": kendall([one["share"] for one in made], [value[one["name"]] for one in made]),
-            "in_order": in_order, "seeds": len(seeds), "auroc": {"value": area, "low": low, "high": high}}
+            "in_order": in_order, "seeds": len(seeds),
+            "auroc": {"value": area, "low": low, "high": high, "problems_low": problems_low,
+                      "problems_high": problems_high}}
+
+
+def _over_problems(students: Sequence[Student], score: str) -> tuple[float, float]:
+    """95 % percentile interval of the AUROC over these very students, the problems drawn anew for all alike."""
+    values_SP = np.array([_column(one["table"], score) for one in students])
+    known_SP = np.isfinite(values_SP)
+    values_SP = np.where(known_SP, values_SP, 0.0)
+    contaminated = np.array([one["share"] > 0 for one in students])
+    rng, problems, areas = np.random.default_rng(0), values_SP.shape[1], []
+    for _ in range(DRAWS):
+        chosen = rng.integers(0, problems, problems)
+        with np.errstate(invalid="ignore"):
+            mean_S = values_SP[:, chosen].sum(1) / known_SP[:, chosen].sum(1)
+        known = np.isfinite(mean_S)
+        areas.append(auroc(mean_S[contaminated & known], mean_S[~contaminated & known]))
+    low, high = np.nanquantile(areas, [0.025, 0.975])
+    return float(low), float(high)
 
 
 # The report.
@@ -113,11 +134,13 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield (f"| {row['name']} | {planted} | {_interval(row['measures'][SCORE])} | {_interval(row['over_base'])} | "
                f"{'yes' if row['flagged'] else 'no'} | {' | '.join(shown)} | {' | '.join(areas)} |")
     yield ""
-    yield "| ranked by | Kendall's tau with the planted share | seeds in the planted order | AUROC over students |"
-    yield "| --- " * 4 + "|"
+    yield ("| ranked by | Kendall's tau with the planted share | seeds in the planted order | AUROC of contaminated "
+           "students, interval over students (DeLong) | interval over problems (bootstrap) |")
+    yield "| --- " * 5 + "|"
     for score, rank in found["ranking"].items():
         yield (f"| {score} | {rank['tau']:.2f} | {rank['in_order']} of {rank['seeds']} | "
-               f"{_interval(rank['auroc'], 2)} |")
+               f"{_interval(rank['auroc'], 2)} | [{rank['auroc']['problems_low']:.2f}, "
+               f"{rank['auroc']['problems_high']:.2f}] |")
     yield ""
     yield from conclusions(found)
 
