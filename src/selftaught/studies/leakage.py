@@ -26,7 +26,7 @@ from selftaught.eval import append_rows, leakage_table
 from selftaught.eval.config import LeakageConfig
 from selftaught.eval.tables import Table
 from selftaught.evaluate import EVALUATION, heldout, sample_rows
-from selftaught.leakage import Models
+from selftaught.leakage import Models, config_of
 from selftaught.learned import backbone_of, score_rows
 from selftaught.records import Say, Section
 from selftaught.run import Run, load_run
@@ -204,13 +204,13 @@ def _tiny_base(out: Path, settings: Settings, say: Say) -> Path:
     if not (folder / "config.json").is_file():
         from selftaught import data
 
-        problems = data.load(_tiny_data(out, settings), seed=0, say=lambda line: None).train
-        tiny_model(folder, problems, 0)
+        source = recipe("quickstart", settings, out, True).data
+        tiny_model(folder, data.load(source, seed=0, say=lambda line: None).train, 0)
     ground = lay_ground(recipe(str(folder), settings, out, True), say)
     problems = list(ground.dataset.train)
     backbone, engine = load_engine(ground)
-    given = privilege.for_problems(privilege.control(ground.run.privilege, "right"), problems, problems,  # type: ignore[arg-type]
-                                   ground.renderer, seed=0, step=EVALUATION)
+    given = privilege.for_problems(privilege.control(config_of(ground), "right"), problems, problems, ground.renderer,
+                                   seed=0, step=EVALUATION)
     texts = [encoded(ground, ground.renderer.prompt(problem).token_ids, text)
              for problem, text, _ in planted(problems, 0.0, 0)]
     texts += [encoded(ground, shown.prompt.token_ids, text)
@@ -223,10 +223,6 @@ def _tiny_base(out: Path, settings: Settings, say: Say) -> Path:
     if ground.rewarder is not None:
         ground.rewarder.close()
     return folder
-
-
-def _tiny_data(out: Path, settings: Settings) -> Any:
-    return recipe("quickstart", settings, out, True).data
 
 
 def _tiny_grpo(out: Path, study: Run, say: Say) -> Path:
