@@ -67,7 +67,7 @@ def test_every_arm_of_the_papers_models_is_a_run_on_its_domain_and_split(arm: st
     trained, heldout = {"biology": (450, 50), "chemistry": (1890, 210), "material": (841, 94),
                         "physics": (720, 80)}[arm.domain]  # fmt: skip
     for model in ("Qwen/Qwen3-8B", "allenai/Olmo-3-7B-Instruct"):
-        run = load_run(study.METHODS[arm.method], [f"model={model}", *study.overrides(arm)])
+        run = load_run(study.METHODS[arm.method], [f"model={model}", *study.changes(arm)])
         assert (run.model, run.data.heldout, run.data.train) == (model, heldout, None)
         assert run.optim.steps == 30 * (trained // 32) and f"domain={arm.domain.capitalize()}&" in str(run.data.source)
 
@@ -101,7 +101,7 @@ def test_the_study_trains_asks_gpqa_and_goes_on_where_it_was_stopped(tmp_path: P
     extra = [f"model={model}", f"data.source={source}", f"gpqa={gpqa}", *TINY]
     said: list[str] = []
     out = tmp_path / "study"
-    asked: dict[str, Any] = {"only": ("physics-sdsd-3",), "seeds": (0,), "extra": extra}
+    asked: dict[str, Any] = {"only": ("physics-sdsd-3",), "seeds": (0,), "overrides": extra}
     table = study.run(out, said.append, **asked)
     rows = json.loads((out / "table.json").read_text())
     assert [row["method"] for row in rows] == ["sdsd-3"]

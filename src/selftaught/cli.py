@@ -56,9 +56,28 @@ def evaluate(model: Annotated[str | None, typer.Argument(help="a run's folder, a
              compare: Annotated[tuple[Path, Path] | None, typer.Option(
                  help="two completions.jsonl or folders: differences on the same problems, second minus first")] = None,
              k: Annotated[str, typer.Option(help="the k of pass@k, with commas")] = "",
-             json_out: Annotated[Path | None, typer.Option("--json", help="write the measures here")] = None) -> None:
-    """Sample, verify and measure; or measure a saved file alone, score it again, or compare two."""
+             json_out: Annotated[Path | None, typer.Option("--json", help="write the measures here")] = None,
+             leakage: Annotated[bool, typer.Option("--leakage", help="of a saved run: what its student took over that "
+                                                   "only its teacher could know")] = False,
+             diversity: Annotated[bool, typer.Option("--diversity", help="of a saved run or file: how different the "
+                                                     "answers are")] = False,
+             embedder: Annotated[str, typer.Option(help="of --diversity: ngrams, sentences, or a model folder")] = ""
+             ) -> None:
+    """Sample, verify and measure; or measure what is saved, score it again, or compare two."""
     ks = _ladder(k) if k else None
+    if leakage or diversity or embedder:
+        if resume or reward or out or compare:
+            raise UserError("eval: --leakage and --diversity measure what is saved, so leave --resume, --reward, --out "
+                            "and --compare out")
+        from selftaught.learned import learned, lines
+
+        found = learned(model, [*([recipe] if recipe else []), *(overrides or [])], completions, ks=ks, leakage=leakage,
+                        diversity=diversity or bool(embedder), embedder=embedder or "ngrams", say=_say, warn=_warn)
+        for line in lines(found):
+            typer.echo(line)
+        if json_out is not None:
+            _write(json_out, json.dumps(found, indent=2) + "\n")
+        return
     _refuse_mixed_eval(model, resume, completions, reward, out, compare)
     if completions is not None or compare is not None:
         from selftaught.saved import compare_files, measure_file, score_again

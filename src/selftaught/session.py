@@ -15,6 +15,7 @@ import torch
 from selftaught.assemble import Parts
 from selftaught.errors import UserError
 from selftaught.evaluate import evaluate, evaluate_controls, flat, heldout
+from selftaught.leakage import Watch
 from selftaught.optim import Checkpoint, Checkpoints
 from selftaught.report import Health, Progress, RunFolder, Trackers, versions
 from selftaught.run import Run
@@ -110,6 +111,7 @@ class Session:
     trackers: Trackers
     progress: Progress
     health: Health
+    watch: Watch | None = None
     done: int = 0
     best: tuple[int, float] | None = None  # step and measure of the best checkpoint on disk
     better: tuple[int, float] | None = None  # the same of this step, where it is better and not yet saved

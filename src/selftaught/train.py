@@ -18,6 +18,7 @@ from selftaught.batches import draw, optimiser_batches
 from selftaught.errors import UserError
 from selftaught.eval import rows_of
 from selftaught.finish import finish
+from selftaught.leakage import Watch
 from selftaught.loss import chunked_loss
 from selftaught.measure import over_updates, refuse_gap, rollout_metrics, token_metrics
 from selftaught.methods import batch_credit
@@ -72,7 +73,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Run | None = None, *, resume:
         trackers = Trackers(run.report, place.folder.path, place.folder.path.name, run=run.resolved(),
                             resume_step=place.resumed_step, warn=progress.warn)
         stack.callback(trackers.close)
-        session = Session(parts, place.folder, place.checkpoints, trackers, progress, health)
+        session = Session(parts, place.folder, place.checkpoints, trackers, progress, health, Watch.of(parts))
         if place.start is not None:
             session.restore(place.start)
         interrupts = stack.enter_context(Interrupts())
@@ -125,6 +126,7 @@ def step(session: Session) -> dict[str, float]:
     drawn = draw(parts, number)                                                                 # y ~ pi(. | x); r
     rollouts, verdicts = drawn.batch                                                            # without dead groups
     metrics = {"time/sample": session.clock("sampling", began), "time/score": 0.0}
+    leaked = session.watch.metrics(rollouts, verdicts, number) if session.watch else {}         # if eval.leakage.every
 
     scored = time.monotonic()
     privileges = privileges_of(ground, rollouts, verdicts, number)                              # c, or None
@@ -154,7 +156,7 @@ def step(session: Session) -> dict[str, float]:
         if run.rollout.filter_groups:
             rows = [{**row, "used": used} for row, used in zip(rows, drawn.used, strict=True)]
         session.folder.log_rollouts(number + 1, rows)
-    return metrics | health
+    return metrics | leaked | health
 
 
 def update(session: Session, batch: Batch, logp: Mapping[str, Tensor]) -> dict[str, float]:

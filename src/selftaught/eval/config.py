@@ -2,9 +2,50 @@
 
 from __future__ import annotations
 
+import re
+from typing import Literal
+
 from pydantic import Field, field_validator, model_validator
 
 from selftaught.records import Section
+
+
+class LeakageConfig(Section):
+    """What is looked for in a student that learned from a teacher who knows more, and on how much.
+
+    During training, with `every`, it is measured on the first rollouts of a step, under the model's own weights with
+    the privilege (the gap) and under a copy of the weights that the run began with (the evidence), which costs their
+    memory.
+    """
+
+    every: int | None = Field(None, ge=1, description="measure every so many training steps (leakage/* metrics); null: "
+                              "not while training")
+    problems: int = Field(32, ge=1, description="problems that are measured, the first so many")
+    samples: int = Field(4, ge=1, description="responses to each, the first so many")
+    demonstrations: int = Field(
+        0, ge=0, le=64, description="right responses to the same problem that are shown one at a time, for the spread "
+        "of the pointwise conditional mutual information; 0: none, and at least 2 for a spread")
+    teacher: Literal["live", "initial"] = Field(
+        "live", description="weights that see the privilege: the measured model's own, or those the run began with")
+    evidence: float = Field(20.0, gt=1, description="likelihood ratio from which a wording counts as leaning on a "
+                            "privilege; the model that training began with comes to it in at most 1 / evidence")
+    mentions: tuple[str, ...] | None = Field(
+        None, description="regular expressions of what mentions an unseen reference; those that match the prompt are "
+        "not asked; null: the English list in eval/lexicon.py")
+    style_words: tuple[str, ...] | None = Field(
+        None, description="words that are style, as blanks and punctuation are; null: the English list in "
+        "eval/lexicon.py")
+
+    @field_validator("mentions")
+    @classmethod
+    def _are_expressions(cls, mentions: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for pattern in mentions or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"eval.leakage.mentions = {pattern!r}: no regular expression ({error}); "
+                                 "mend it") from error
+        return mentions
 
 
 class EvalConfig(Section):
@@ -27,6 +68,7 @@ class EvalConfig(Section):
         None, description="a run's folder whose rows of the evaluation before training are taken over where model, "
         "prompts, sampling, seed and reward are the same; the others are sampled")
     best: str | None = Field("pass@1", description="measure by which the best checkpoint is kept; null: keep none")
+    leakage: LeakageConfig = LeakageConfig()
 
     @field_validator("k", mode="before")
     @classmethod

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the command line reads STUDIES for its help, and must not w
 # arguments of `run` are those options of the command line (only, seeds, jobs, smoke, overrides) that the study has.
 STUDIES = {
     "laws": "the exact laws on tables of probabilities, each computed in two ways",
+    "leakage": "students with planted contamination, ranked by the leakage score (grpo=RUN adds one of GRPO)",
     "methods": "every method on one task, the self-taught ones also with an empty and a wrong privilege",
     "science": "GRPO and self-distillation from one and three demonstrations on SciKnowEval and GPQA",
 }

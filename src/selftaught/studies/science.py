@@ -76,8 +76,8 @@ def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] =
         smoke: bool = False, overrides: Sequence[str] = ()) -> str:
     """Run and evaluate what is not finished under `out`, then write table.md and table.json there; returns the table.
 
-    `overrides` are for every run, `smoke` cuts each short. Two more keys are the study's own: `data.source` is a file or
-    Hub name that holds SciKnowEval, `gpqa` one that holds GPQA Extended, or `none`. One run at a time, as one fills a
+    `overrides` are for every run, `smoke` cuts each short. Two more keys are the study's own: `data.source` is a file
+    or Hub name that holds SciKnowEval, `gpqa` one that holds GPQA Extended, or `none`. One run at a time, as one fills a
     machine, or `jobs`.
 
     Raises:
