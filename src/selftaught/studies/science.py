@@ -77,8 +77,8 @@ def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] =
     """Run and evaluate what is not finished under `out`, then write table.md and table.json there; returns the table.
 
     `overrides` are for every run, `smoke` cuts each short. Two more keys are the study's own: `data.source` is a file
-    or Hub name that holds SciKnowEval, `gpqa` one that holds GPQA Extended, or `none`. One run at a time, as one fills a
-    machine, or `jobs`.
+    or Hub name that holds SciKnowEval, `gpqa` one that holds GPQA Extended, or `none`. One run at a time, as one fills
+    a machine, or `jobs`.
 
     Raises:
         UserError: an arm that is none, or runs that failed (the others are done and in the table).
