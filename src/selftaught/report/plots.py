@@ -82,7 +82,7 @@ def diversity_accuracy(runs: Mapping[str, Any], diversity: str, accuracy: str = 
 
     A run is a summary, or several of them (before, after), which are then joined in their order.
     """
-    series = []
+    series: list[Series] = []
     for name, given in runs.items():
         marks = []
         for summary in (given,) if isinstance(given, Mapping) else given:

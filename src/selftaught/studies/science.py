@@ -111,7 +111,8 @@ def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] =
 
 def _ask_outside(todo: Sequence[Arm], out: Path, source: str, extra: Sequence[str], say: Say) -> None:
     """GPQA of its domain for every finished run, and for the model that they began from; what is there stays."""
-    ours = [pair for pair in extra if not pair.startswith(("optim.", "method.", "privilege", "model="))]
+    of_training = ("optim.", "method.", "privilege", "model=", "rollout.prompts_per_step=", "rollout.num_generations=")
+    ours = [pair for pair in extra if not pair.startswith(of_training)]
     for arm in todo:
         if arm.domain in NO_GPQA or not (out / arm.name / "final").is_dir():
             continue
