@@ -128,7 +128,7 @@ def leakage_controls(runs: Mapping[str, Mapping[str, Any]], x_label: str = "mean
     The distance of true from wrong is the part that knows the answer; that of wrong from zero is mere form.
     """
     kinds = list(dict.fromkeys(kind for controls in runs.values() for kind in controls))
-    series = []
+    series: list[Series] = []
     for place, (name, controls) in enumerate(runs.items()):
         off = 0.0 if len(runs) == 1 else 0.5 * (0.5 - place / (len(runs) - 1))
         marks = []
