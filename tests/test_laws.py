@@ -248,7 +248,7 @@ def test_a_page_escapes_text_and_a_chart_of_shares_has_ticks_between_whole_numbe
 
 def test_every_study_has_a_run_and_the_command_names_the_nearest() -> None:
     for name in STUDIES:
-        with pytest.raises(UserError, match=f"study {name}: it has no --colour; it has --only"):
+        with pytest.raises(UserError, match=f"study {name}: it has no --colour; it has --"):
             start(name, None, print, colour="red")
     with pytest.raises(UserError, match="study 'lawz': did you mean 'laws'"):
         start("lawz", None, print)
