@@ -154,6 +154,7 @@ def test_a_stopped_evaluation_goes_on_at_the_missing_cell_and_never_does_one_twi
     expected = by_definition([[0.75, 1.0], [0.5, 0.75]], [0.25, 0.5])
     assert {name: found[name]["value"] for name in expected} == pytest.approx(expected)
     assert "| far: two | 0.500 [" in text and (tmp_path / "out" / "matrix.md").read_text() == text + "\n"
+    assert (tmp_path / "out" / "task-sequence.png").read_bytes().startswith(b"\x89PNG")
     third = Evaluator()
     assert study.run(models, tasks, tmp_path / "out", said.append, evaluate=third, k=2) and third.calls == []
     study.run(models[:2], tasks[:1], tmp_path / "out", said.append, untrained=tasks[1:], evaluate=third)

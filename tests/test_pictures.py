@@ -151,9 +151,9 @@ def run_folder(path: Path, right_after: int, model: str = "m") -> Path:
     (path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "entropy": 1 / s}) + "\n" for s in (1, 2, 3)))
     for step, right in ((0, 1), (3, right_after)):
         append_rows(path / "completions.jsonl", (
-            {"problem": f"p{p}", "sample": n, "score": float(n < right), "status": "right" if n < right else "wrong",
+            {"problem": f"p{p}", "sample": n, "score": float(n < c), "status": "right" if n < c else "wrong",
              "answer": str(n), "tokens": 3, "finish": "stop", "step": step, "model": model, "arm": arm}
-            for p in range(3) for n in range(4) for arm in ("student", "teacher/right")))  # fmt: skip
+            for arm, c in (("student", right), ("teacher/right", 4)) for p in range(3) for n in range(4)))  # fmt: skip
     (path / "results.json").write_text(json.dumps({"controls": {"teacher/right": {"pass@1": measure(0.8)},
                                                                 "teacher/wrong": {"pass@1": measure(0.1)}}}))
     return path

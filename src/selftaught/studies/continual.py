@@ -2,7 +2,7 @@
 
 cells/I-CHECKPOINT/TASK/completions.jsonl     the answers of one checkpoint to one task's held-out problems
 cells/I-CHECKPOINT/TASK.json                  on what they were made; written when they are all there
-matrix.json  matrix.md                        the accuracy matrix, forgetting and transfer
+matrix.json  matrix.md  task-sequence.png     the accuracy matrix, forgetting and transfer; .svg without matplotlib
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from selftaught.eval import read_rows, select
 from selftaught.eval.continual import column, sequence_lines, summarise_sequence
 from selftaught.evaluate import evaluate_model
 from selftaught.records import Say
+from selftaught.report.draw import alone, save
+from selftaught.report.plots import task_sequence
 from selftaught.run import load_run
 
 Evaluate = Callable[[str, str, Sequence[str], Say], Any]  # (model, recipe, overrides with `out`, say)
@@ -39,7 +41,7 @@ class Cell:
 
 def run(models: Sequence[str], tasks: Sequence[str], out: Path, say: Say, *, untrained: Sequence[str] = (), k: int = 1,
         overrides: Sequence[str] = (), evaluate: Evaluate = evaluate_model) -> str:
-    """Evaluate what is missing under `out`, then write matrix.json and matrix.md there; returns the latter.
+    """Evaluate what is missing under `out`, then write the matrix and its picture there; returns matrix.md.
 
     `models` are runs, model folders or Hub names: one after each of the `tasks` (recipes) in the order of learning, and
     before them, for forward transfer, the model that none was learned with. `untrained` are tasks of which no
@@ -73,6 +75,9 @@ def run(models: Sequence[str], tasks: Sequence[str], out: Path, say: Say, *, unt
     text = "\n".join(sequence_lines(found))
     (out / "matrix.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (out / "matrix.md").write_text(text + "\n", encoding="utf-8")
+    picture = task_sequence(found)
+    if not save([picture], out / f"{picture.name}.png"):
+        (out / f"{picture.name}.svg").write_text(alone(picture), encoding="utf-8")
     return text
 
 
