@@ -6,8 +6,8 @@
 One pass: from hidden states and heads of student and teacher to a loss and the gradients of the student's hidden states
 and head (opsd without its clip: KL(T||S) over the whole vocabulary). Every measurement has a process of its own; the
 sides take turns. Memory is the peak beyond inputs and gradients: of the resident set on a CPU, of what was allocated on
-a GPU. `floor` is the time of the matrix products alone, four of (N, H) by (V, H) and nothing else: both projections
-and the student's two gradients.
+a GPU. `floor` is the time of the matrix products alone, four of (N, H) by (V, H) in the type of the heads and nothing
+else: both projections and the student's two gradients.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 SIDES = ("ours", "dense", "floor")
-CHUNK = 64  # tokens at a time of the floor's products
+CHUNK = 128  # tokens at a time of the floor's products
 
 
 def resident(name: str) -> float:
@@ -38,6 +38,7 @@ def measure(side: str, tokens: int, vocabulary: int, width: int, dtype: str, dev
     import torch
 
     from selftaught import TokenBatch, chunked_objective, objective
+    from selftaught.tensors import fast_linear
 
     kind = getattr(torch, dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -66,13 +67,13 @@ def measure(side: str, tokens: int, vocabulary: int, width: int, dtype: str, dev
 
     def floor() -> float:
         with torch.no_grad():
-            grad_V = torch.zeros_like(head)
+            head.grad, student.grad = torch.zeros_like(head), torch.empty_like(student)
             for start in range(0, tokens, CHUNK):
                 part = slice(start, start + CHUNK)
-                logits = hidden["student"][part] @ head.t()
-                logits.add_((hidden["teacher"][part] @ heads["teacher"].t())[:, :1])
-                logits @ head
-                grad_V.addmm_(logits.t(), hidden["student"][part])
+                logits = fast_linear(student[part], head)
+                fast_linear(hidden["teacher"][part], heads["teacher"])
+                student.grad[part] = fast_linear(logits, head.t())
+                head.grad.addmm_(logits.t(), student[part])
         return 0.0
 
     passes: dict[str, Callable[[], float]] = {"ours": ours, "dense": dense, "floor": floor}

@@ -351,8 +351,8 @@ MUTANTS = [
     Mutant(
         "another_prompts_rows_taken_over",
         "before.py",
-        'row is None or row["prompt"] != prompt',
-        "row is None",
+        '(row["prompt"], row["reference"]) != (prompt, problem.answer)',
+        'row["reference"] != problem.answer',
         "test_before.py",
     ),
     Mutant(

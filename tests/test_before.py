@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +62,15 @@ def test_the_same_start_is_measured_once(home: Path, first: Finished, monkeypatc
 @pytest.mark.parametrize("changed", [
     {"seed": 5}, {"eval": {"samples": 3}}, {"eval": {"temperature": 0.5}},
     {"reward": [{"name": "exact", "weight": 0.5}, {"name": "length", "weight": 0.5, "buffer": 1}]},
-    {"data": {"question": "Task: {question}\n"}},
-], ids=["seed", "samples", "temperature", "reward", "prompt"])  # fmt: skip
+    {"data": {"question": "Task: {question}\n"}}, {"optim": {"steps": 1, "dtype": "bfloat16"}},
+], ids=["seed", "samples", "temperature", "reward", "prompt", "precision"])  # fmt: skip
 def test_another_start_is_sampled_anew(home: Path, first: Finished, changed: dict[str, Any],
                                        monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     name = request.node.callspec.id
     run, asked = taking_over(home, first, f"other-{name}", monkeypatch, **changed)
     monkeypatch.undo()
     plain = trained(home, f"alone-{name}", **changed)
-    assert rows(run) == rows(plain) and rows(run) != rows(first)
+    assert rows(run) == rows(plain)
     assert asked[0] == len({row["problem"] for row in rows(plain)})
 
 
@@ -76,3 +78,32 @@ def test_a_folder_that_holds_no_evaluation_is_refused_before_a_model_loads(home:
     path = write_recipe(home, "before.yaml", out=str(home / "runs" / "refused"))
     said = cli("train", path, f"eval.before={tmp_path}")
     assert said.code == 2 and "eval.before" in said.err and "run.yaml" in said.err and "Traceback" not in said.err
+
+
+def test_other_answers_under_the_same_prompts_are_judged_anew(home: Path, first: Finished, tmp_path: Path) -> None:
+    folder = shutil.copytree(first.folder, tmp_path / "copy")
+    changed = [{**row, "reference": "another"} for row in lines(folder / "completions.jsonl")]
+    (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    run = trained(home, "answers", eval={"before": str(folder)})
+    assert rows(run) == rows(first)
+
+
+@pytest.mark.parametrize("name, text", [("run.yaml", ""), ("run.yaml", "{"), ("completions.jsonl", "{}\n")])
+def test_a_damaged_folder_is_refused_before_a_model_loads(home: Path, first: Finished, tmp_path: Path, name: str,
+                                                          text: str) -> None:
+    folder = shutil.copytree(first.folder, tmp_path / "copy")
+    (folder / name).write_text(text)
+    said = cli("train", write_recipe(home, "damaged.yaml", out=str(home / "runs" / "damaged")), f"eval.before={folder}")
+    assert said.code == 2 and name in said.err and "Traceback" not in said.err
+
+
+def test_a_run_outlives_the_folder_that_it_took_from(home: Path, first: Finished, tmp_path: Path) -> None:
+    """It can be evaluated, and resumed, when that is gone."""
+    folder = shutil.copytree(first.folder, tmp_path / "gone")
+    run = trained(home, "outlives", eval={"before": str(folder)}, optim={"steps": 2}, checkpoint={"every": 1})
+    shutil.rmtree(folder)
+    said = cli("eval", run.folder)
+    assert said.code == 0, said.err
+    shutil.rmtree(run.folder / "checkpoints" / "step-2")
+    again = cli("train", run.folder / "run.yaml", "--resume")
+    assert again.code == 0 and "resumed after step 1" in again.out, again.err

@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 
 from selftaught import data, privilege, reward
-from selftaught.before import check_before
 from selftaught.data import Cursor, Dataset, Renderer
 from selftaught.errors import UserError
 from selftaught.methods import Method, Several, checked
@@ -116,7 +115,6 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     judged are left out of an evaluation; a training refuses them.
     """
     method = run.method.build()
-    check_before(run)
     device_of(run)
     check_model(run.model)
     if trains and (base := base_name(run.model)) != run.model:

@@ -52,7 +52,7 @@ def sample_rows(ground: Ground, engine: Engine, problems: Sequence[Problem], pro
     run = ground.run
     texts = [ground.tokenizer.decode(list(prompt.token_ids)) for prompt in prompts]
     if step == 0:
-        shown = [(problem.id, text) for problem, text in zip(problems, texts, strict=True)]
+        shown = list(zip(problems, texts, strict=True))
         before = rows_before(run, arm, model or run.model, shown, samples, sampling_of(ground))
         if before is not None:
             return before

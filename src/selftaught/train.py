@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selftaught.assemble import assemble, lay_ground, make_batch, privileges_of
 from selftaught.batches import draw, optimiser_batches
+from selftaught.before import check_before
 from selftaught.errors import UserError
 from selftaught.eval import rows_of
 from selftaught.finish import finish
@@ -63,6 +64,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Run | None = None, *, resume:
     with ExitStack() as stack:
         progress = Progress(run.optim.steps, console)
         place = Place.take(run, resume, progress)
+        if place.start is None:
+            check_before(run)
         ground = lay_ground(run, progress.say, functions)
         if ground.rewarder is not None:
             stack.callback(ground.rewarder.close)

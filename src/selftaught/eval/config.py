@@ -66,7 +66,7 @@ class EvalConfig(Section):
     controls: bool = Field(True, description="also measure another problem's prompt and the teacher's own accuracy")
     before: str | None = Field(
         None, description="a run's folder whose rows of the evaluation before training are taken over where model, "
-        "prompts, sampling, seed and reward are the same; the others are sampled")
+        "teacher, precision, prompts, answers, sampling, seed and reward are the same by name; others are sampled")
     best: str | None = Field("pass@1", description="measure by which the best checkpoint is kept; null: keep none")
     leakage: LeakageConfig = LeakageConfig()
 

@@ -178,10 +178,11 @@ class Backbone:
 
     @contextmanager
     def accumulating(self) -> Iterator[Tensor | None]:
-        """Passes inside this block, and their backward passes, add the gradients of embedding and head in place.
+        """Micro-batches inside this block add the head's gradient in place, and on a CPU the embedding's too.
 
-        Hands out where the head's belongs, for `chunked_loss`; None where gradients are gathered elsewhere. Without
-        this every micro-batch makes and adds one more tensor of the vocabulary's size for each of the two.
+        Hands out where the head's belongs, for `chunked_loss`; None where it has none (a frozen head), or where
+        gradients are gathered elsewhere (in float32, of narrower weights). Without this every micro-batch makes and
+        adds one more tensor of the vocabulary's size for each of the two.
         """
         weight = self.model.get_output_embeddings().weight
         if not weight.requires_grad or weight.dtype != upcast(weight[:0]).dtype:

@@ -2,13 +2,14 @@
 
 transformers writes them as a dozen single operations. On a CPU each one writes a new block of memory, which costs more
 than the arithmetic (the kernel hands out zeroed pages), and the backward pass keeps most of them: half of all
-activations. Here each is one function that keeps its inputs alone and works in place. The numbers are the
-same but for the order of roundings. A module is replaced only if it gives the numbers of its own forward on a probe,
-and works as before on anything but float32 on a CPU.
+activations. Here each is one function that keeps no more than its gradient needs, and works in place. The numbers are
+the same but for the order of roundings. Modules of a class are replaced only if the first of them gives the numbers of
+its own forward on a probe, and work as before on anything but float32 on a CPU.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
-    """(silu(x G^T) * x U^T) D^T, keeping x and the two products: (..., H)."""
+    """(silu(x G^T) * x U^T) D^T, keeping x and the two products: (n, H)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -61,12 +62,11 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gated, raised, gate, up, down = ctx.saved_tensors
-        x, gated, raised, grad_nH = (t.flatten(0, -2) for t in (x, gated, raised, grad))
         active = silu(gated)
         of_gate = of_up = of_down = of_x = None
         if ctx.needs_input_grad[3]:
-            of_down = grad_nH.t() @ (active * raised)
-        inner = fast_linear(grad_nH, down.t())
+            of_down = grad.t() @ (active * raised)
+        inner = fast_linear(grad, down.t())
         of_raised = active.mul_(inner)
         of_gated = torch.ops.aten.silu_backward(inner.mul_(raised), gated)
         if ctx.needs_input_grad[1]:
@@ -74,16 +74,16 @@ class _Gated(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             of_up = of_raised.t() @ x
         if ctx.needs_input_grad[0]:
-            of_x = fast_linear(of_gated, gate.t()).add_(fast_linear(of_raised, up.t())).view_as(grad)
+            of_x = fast_linear(of_gated, gate.t()).add_(fast_linear(of_raised, up.t()))
         return of_x, of_gate, of_up, of_down
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T without a bias: (..., K) to (..., M)."""
+    """x W^T without a bias: (n, K) to (n, M)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return fast_linear(x, weight)
 
     @staticmethod
@@ -91,8 +91,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x = fast_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        of_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return of_x, of_weight
+        return of_x, grad.t() @ x if ctx.needs_input_grad[1] else None
 
 
 class _Rotated(torch.autograd.Function):
@@ -140,7 +139,7 @@ def fused(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def _norm(module: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
+def _norm(module: nn.Module, x: Tensor, *, eps: float, offset: float) -> Tensor:
     weight: Any = module.weight
     if not fused(x) or weight.dtype != x.dtype:
         return type(module).forward(module, x)
@@ -150,15 +149,20 @@ def _norm(module: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
 def _gated(module: Any, x: Tensor) -> Tensor:
     projections = (module.gate_proj, module.up_proj, module.down_proj)
     plain = all(type(p) is nn.Linear and p.bias is None for p in projections)
-    if not fused(x) or not plain or projections[0].weight.dtype != x.dtype:
+    if not fused(x) or x.dim() < 2 or not plain or projections[0].weight.dtype != x.dtype:
         return type(module).forward(module, x)
-    return _Gated.apply(x, *(p.weight for p in projections))
+    return _by_rows(_Gated.apply, x, *(p.weight for p in projections))
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:
-    if not fused(x) or module.weight.dtype != x.dtype:
+    if not fused(x) or x.dim() < 2 or module.weight.dtype != x.dtype:
         return type(module).forward(module, x)
-    return _Linear.apply(x, module.weight)
+    return _by_rows(_Linear.apply, x, module.weight)
+
+
+def _by_rows(function: Callable[..., Tensor], x: Tensor, *weights: Tensor) -> Tensor:
+    """On (n, K) whatever the shape before it: a view that is made inside a function cannot be changed in place."""
+    return function(x.flatten(0, -2), *weights).unflatten(0, x.shape[:-1])
 
 
 def _embedded(module: nn.Embedding, ids: Tensor) -> Tensor:
@@ -181,16 +185,17 @@ class Fused:
 
     def __init__(self, model: nn.Module) -> None:
         """Look at every module of `model`; nothing is changed yet."""
+        own = [module for module in model.modules() if "forward" not in vars(module)]  # a patched one is left as it is
         self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._rotaries: dict[str, Callable[..., Any]] = {}  # by model file, the function in place of its own
-        self._embeddings = [(module, partial(_embedded, module)) for module in model.modules()
+        self._embeddings = [(module, partial(_embedded, module)) for module in own
                             if type(module) is nn.Embedding and module.max_norm is None]
         self._open = False
         self.adds = False  # do the embeddings add to the gradient that is there instead of making one as large?
         known: dict[tuple[Any, ...], Callable[..., Tensor] | None] = {}
-        for module in model.modules():
-            key = (type(module), getattr(module, "variance_epsilon", getattr(module, "eps", None)),
-                   getattr(module, "bias", None) is None)
+        for module in own:
+            key = (type(module), frozenset(name for name, _ in module.named_parameters()), _eps(module),
+                   type(getattr(module, "act_fn", None)))
             if key not in known:
                 known[key] = _form_of(module)
             form = known[key]
@@ -232,27 +237,41 @@ def _multiplies(module: nn.Module) -> bool:
     return any(parameter.dim() > 1 for parameter in module.parameters())
 
 
+def _eps(module: nn.Module) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
 def _form_of(module: nn.Module) -> Callable[..., Tensor] | None:
     """The fused forward of a module of this kind, if one gives the same numbers on a probe."""
     names = {name for name, _ in module.named_parameters()}
-    if names == {"weight"} and "RMSNorm" in type(module).__name__:
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        forms: list[Callable[..., Tensor]] = [] if eps is None else [
-            lambda own, x, offset=offset: _norm(own, eps, offset, x) for offset in (0.0, 1.0)]
-    elif type(module) is nn.Linear and names == {"weight"}:
-        forms = [_linear]
-    elif names == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}:
+    if type(module) is nn.Linear and names == {"weight"}:
+        return _linear
+    forms: list[Callable[..., Tensor]] = []
+    if names == {"weight"} and "RMSNorm" in type(module).__name__ and isinstance(_eps(module), float):
+        forms = [partial(_norm, eps=_eps(module), offset=offset) for offset in (0.0, 1.0)]
+    elif names == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"} and _is_silu(module):
         forms = [_gated]
-    else:
+    if not forms or len(inspect.signature(type(module).forward).parameters) != 2:  # itself and x
         return None
     weight = next(module.parameters())
-    with torch.no_grad():
-        noise = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0))
-        x = noise.to(weight.device, weight.dtype)
-        if not fused(x):
-            return None
-        own = type(module).forward(module, x)
-        return next((form for form in forms if _close(form(module, x), own)), None)
+    noise = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0))
+    x = noise.to(weight.device, weight.dtype)
+    if not fused(x):
+        return None
+    try:
+        with torch.no_grad():
+            own = type(module).forward(module, x)
+            return next((form for form in forms if _close(form(module, x=x), own)), None)
+    except Exception:  # a module that only looks like a known one may raise anything
+        return None
+
+
+def _is_silu(module: Any) -> bool:
+    x = torch.linspace(-6, 6, 49)
+    try:
+        return bool(torch.allclose(module.act_fn(x), silu(x), atol=1e-6))
+    except Exception:  # no such function, or one of more arguments
+        return False
 
 
 def _turns_halves(function: Callable[..., Any]) -> bool:
@@ -267,4 +286,6 @@ def _turns_halves(function: Callable[..., Any]) -> bool:
 
 
 def _close(ours: Tensor, own: Tensor) -> bool:
-    return ours.shape == own.shape and bool((ours - own).abs().max() <= CLOSE * own.abs().max().clamp_min(1))
+    """Equal but for roundings, and not because all is zero."""
+    size = own.abs().max()
+    return ours.shape == own.shape and bool(size > 0) and bool((ours - own).abs().max() <= CLOSE * size)
