@@ -38,7 +38,6 @@ def measure(side: str, tokens: int, vocabulary: int, width: int, dtype: str, dev
     import torch
 
     from selftaught import TokenBatch, chunked_objective, objective
-    from selftaught.tensors import fast_linear
 
     kind = getattr(torch, dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -70,9 +69,9 @@ def measure(side: str, tokens: int, vocabulary: int, width: int, dtype: str, dev
             head.grad, student.grad = torch.zeros_like(head), torch.empty_like(student)
             for start in range(0, tokens, CHUNK):
                 part = slice(start, start + CHUNK)
-                logits = fast_linear(student[part], head)
-                fast_linear(hidden["teacher"][part], heads["teacher"])
-                student.grad[part] = fast_linear(logits, head.t())
+                logits = student[part] @ head.t()
+                hidden["teacher"][part] @ heads["teacher"].t()
+                student.grad[part] = logits @ head
                 head.grad.addmm_(logits.t(), student[part])
         return 0.0
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from selftaught.tensors import fast_linear, product, upcast
+from selftaught.tensors import product, upcast
 
 ROWS = 32  # a chunk is a multiple of it: matrix kernels read whole blocks
 NO_MASS = -1e4  # a log-prob whose exponential is 0, in float64 too
@@ -44,9 +44,7 @@ def chunk_size(vocabulary: int) -> int:
 
 def affine(hidden_nH: Tensor, weight_VH: Tensor, bias: Tensor | None) -> Tensor:
     """h W^T + b, accumulated and kept in float32 (float64 for float64): (n, V)."""
-    hidden_nH, weight_VH = upcast(hidden_nH), upcast(weight_VH)
-    differentiated = torch.is_grad_enabled() and (hidden_nH.requires_grad or weight_VH.requires_grad)
-    logits = hidden_nH @ weight_VH.t() if differentiated else fast_linear(hidden_nH, weight_VH)
+    logits = upcast(hidden_nH) @ upcast(weight_VH).t()
     return logits if bias is None else logits + upcast(bias)
 
 
