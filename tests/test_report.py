@@ -297,6 +297,11 @@ def test_the_sentence_says_rose_fell_or_nothing_by_the_interval() -> None:
     assert "did not change measurably" in result_sentence(results(0.16, (0.01, -0.02, 0.04)))
     fell = result_sentence(results(0.05, (-0.1, -0.15, -0.05)))
     assert "fell" in fell and "−0.100" in fell and "below the best constant" in fell
+    few = results(0.2, (0.05, 0.01, 0.09))
+    few["difference"]["pass@1"]["p"] = 0.25  # three problems better and none worse: the interval alone says too much
+    assert "Held-out pass@1 may have risen" in result_sentence(few)
+    equal = {**results(), "best_constant": {"value": 0.6, "answer": "12"}}
+    assert "That is no more than the best constant answer ('12', 0.600)" in result_sentence(equal)
     assert "no result yet" in result_sentence({})
     assert result_sentence({"before": results()["before"]}).startswith("Before training, held-out pass@1 is 0.150")
 

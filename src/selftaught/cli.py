@@ -17,7 +17,8 @@ from selftaught.studies import STUDIES, start
 
 app = typer.Typer(help="Train language models on their own rollouts.", no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False, rich_markup_mode=None)
-Recipe = Annotated[str, typer.Argument(help="a YAML file, or a shipped recipe: quickstart, small/METHOD, papers/NAME")]
+Recipe = Annotated[str, typer.Argument(
+    help="a YAML file, or a shipped recipe: quickstart, small/METHOD, papers/NAME, science/NAME")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example optim.steps=10")]
 
 

@@ -44,11 +44,12 @@ def learned(run: str | None, overrides: Sequence[str], completions: Path | None,
         if leakage:
             raise UserError("eval: --leakage scores completions under the model that wrote them, so give its run's "
                             "folder: `selftaught eval RUN --leakage`")
-        rows = read_rows(completions, warn)
+        rows = read_rows(completions / "completions.jsonl" if completions.is_dir() else completions, warn)
         return {"diversity": diversity_of(_student(rows), (), ks, embedder)}
     if run is None or not (Path(run) / "run.yaml").is_file():
-        raise UserError(f"eval: --leakage and --diversity measure a saved run, and {run!r} is no run's folder; give "
-                        "one, or --completions FILE with --diversity")
+        fault = "no run's folder was given" if run is None else f"{run!r} is no run's folder"
+        raise UserError(f"eval: --leakage and --diversity measure a saved run, and {fault}; give one, or --completions "
+                        "FILE with --diversity")
     return _of_run(Path(run), overrides, ks, leakage, diversity, embedder, say, warn)
 
 

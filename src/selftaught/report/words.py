@@ -34,6 +34,9 @@ class MeasureRow:
     difference: str
 
 
+LEVEL = 0.05  # of the sign test
+
+
 def headline(results: Mapping[str, Any]) -> str | None:
     """The measure that the result is told in: pass@1, or the pass@k of the smallest k; None without one."""
     measured = {**(results.get("before") or {}), **(results.get("after") or {})}
@@ -52,10 +55,10 @@ def result_sentence(results: Mapping[str, Any]) -> str:
         return f"{part} training, held-out {name} is {interval(said[name])} on {said.get('problems', '?')} problems."
     change = difference[name]
     verb = "did not change measurably"
-    if change["value"] is not None and change["low"] > 0:
-        verb = "rose"
-    elif change["value"] is not None and change["high"] < 0:
-        verb = "fell"
+    if change["value"] is not None and (change["low"] > 0 or change["high"] < 0):
+        verb = "rose" if change["value"] > 0 else "fell"
+        if change["p"] is not None and change["p"] >= LEVEL:  # a bootstrap over few problems is too sure of itself
+            verb = f"may have {'risen' if change['value'] > 0 else 'fallen'}"
     problems = difference.get("problems", after.get("problems", "?"))
     sentence = (
         f"Held-out {name} {verb}: {number(before[name]['value'])} before, {number(after[name]['value'])} after, "
@@ -65,7 +68,7 @@ def result_sentence(results: Mapping[str, Any]) -> str:
     if constant.get("value") is None or after[name]["value"] is None:
         return sentence
     above = after[name]["value"] - constant["value"]
-    where = f"{number(abs(above))} {'above' if above > 0 else 'below'}"
+    where = f"{number(abs(above))} {'above' if above > 0 else 'below'}" if above else "no more than"
     said = f"the best constant answer ({constant['answer']!r}, {number(constant['value'])})"
     return f"{sentence} That is {where} {said}."
 
