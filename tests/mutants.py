@@ -400,8 +400,15 @@ MUTANTS = [
     Mutant(
         "answer_is_evidence",
         "eval/leakage.py",
+        "[word & ~answer].sum()",
+        "[word].sum()",
+        "test_leakage.py",
+    ),
+    Mutant(
+        "form_is_evidence",
+        "eval/leakage.py",
+        "[word & ~answer].sum()",
         "[~answer].sum()",
-        ".sum()",
         "test_leakage.py",
     ),
     Mutant(

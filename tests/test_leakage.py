@@ -151,7 +151,7 @@ def test_measures_are_their_formulas() -> None:
     shown = [(logp[f"demonstration/0{i}"] - logp["student"]).sum() for i in (0, 1)]
     assert found["pcmi_demonstrations"] == pytest.approx(sum(shown) / 2)
     assert found["pcmi_spread"] == pytest.approx(abs(shown[0] - shown[1]) / math.sqrt(2))
-    evidence = (logp["reference/wrong"] - logp["reference"])[[0, 1, 2, 4]].sum()  # without the answer's token
+    evidence = (logp["reference/wrong"] - logp["reference"])[:3].sum()  # without the answer's token and the full stop
     assert found["evidence"] == pytest.approx(evidence)
     assert (found["copied_characters"], found["copied_tokens"]) == (6, 2)  # "It is " and the ids 6, 7
     assert found["answer_position"] == 13 / 15
@@ -169,7 +169,8 @@ def test_leaning_is_a_mention_or_evidence_of_at_least_twenty() -> None:
     assert k.rollout_measures(scored("x", logp=logp), LeakageConfig(evidence=4))["leaning"] == 1
     # Being right earns nothing: an answer that the wrong privilege makes likelier is not evidence.
     logp = {"reference": np.zeros(1), "reference/wrong": np.array([99.0])}
-    assert k.rollout_measures(scored("7", logp=logp), LeakageConfig())["evidence"] == 0
+    assert k.rollout_measures(scored("seven", answers=("seven",), logp=logp), LeakageConfig())["evidence"] == 0
+    assert k.rollout_measures(scored("12.", logp=logp), LeakageConfig())["evidence"] == 0  # nor does the form
 
 
 def test_what_is_missing_is_not_measured() -> None:
@@ -181,7 +182,7 @@ def test_what_is_missing_is_not_measured() -> None:
 
 
 def test_evidence_is_an_e_value_where_the_reference_model_writes() -> None:
-    """Over all responses of a random process: the ratio's mean is 1, and 20 is reached in at most one of 20."""
+    """Over all responses of a process that writes words alone: its mean is 1, and 20 comes in at most one of 20."""
     rng = np.random.default_rng(3)
     first, second = rng.dirichlet(np.ones(3) * 0.3, 2), rng.dirichlet(np.ones(3) * 0.3, (2, 3))  # 0: plain, 1: wrong
     mean = reached = 0.0

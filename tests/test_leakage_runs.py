@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 import selftaught
 from own import cli, lines, make_home, recipe_of, without_clocks
 from selftaught import leakage, privilege
-from selftaught.assemble import Ground, lay_ground, load_engine
+from selftaught.assemble import Ground, assemble, lay_ground, load_engine
 from selftaught.errors import UserError
 from selftaught.eval import LeakageConfig, append_rows, rows_of, summarise_leakage
 from selftaught.evaluate import EVALUATION
-from selftaught.leakage import Models, first_of, rollouts_of, score, temperature_of
+from selftaught.leakage import Models, Watch, first_of, leakage_metrics, rollouts_of, score, temperature_of
 from selftaught.learned import backbone_of, score_rows
 from selftaught.records import Request, Rollout, Sampling, Verdict
 from selftaught.run import load_run
@@ -204,6 +204,27 @@ def test_a_watched_run_is_the_same_run_with_more_metrics(home: Path, watched: Pa
     assert found[2]["leakage/gap/empty"] == 0 and abs(found[2]["leakage/gap/right"]) > 0
     assert {"leakage/evidence", "leakage/leaning", "leakage/mention", "leakage/pcmi"} <= found[4].keys()
     assert all(math.isfinite(value) for row in found for value in row.values())
+
+
+@pytest.mark.parametrize("method", ["grpo", "sdpg"])
+def test_a_watch_holds_the_weights_that_the_run_began_with(home: Path, sampled: Any, method: str) -> None:
+    first, rollouts, verdicts = sampled
+    run = load_run(recipe_of(home, method={"name": method}, data={"heldout": 0}, eval={"leakage": {"every": 2}}))
+    parts = assemble(lay_ground(run.model_copy(update={"reward": None}), lambda line: None))
+    watch = Watch.of(parts)
+    assert watch is not None
+    with torch.no_grad():
+        for parameter in parts.backbone.model.parameters():
+            parameter.mul_(0.7)
+    found = watch.metrics(rollouts, verdicts, 1)
+    config = run.eval.leakage
+    other = score(parts.ground, Models(parts.backbone, first=first), rollouts, verdicts, config, room=parts.ground.room)
+    expected = leakage_metrics(other, config)
+    assert found.keys() - expected.keys() == {"time/leakage"}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    own = leakage_metrics(score(parts.ground, Models(parts.backbone), rollouts, verdicts, config), config)
+    assert abs(own["leakage/evidence"] - expected["leakage/evidence"]) > 1e-3
+    assert watch.metrics(rollouts, verdicts, 0) == {}
 
 
 def test_a_resumed_run_compares_with_the_weights_that_it_began_with(home: Path, watched: Path) -> None:

@@ -28,7 +28,7 @@ class LeakageConfig(Section):
     teacher: Literal["live", "initial"] = Field(
         "live", description="weights that see the privilege: the measured model's own, or those the run began with")
     evidence: float = Field(20.0, gt=1, description="likelihood ratio from which a wording counts as leaning on a "
-                            "privilege; the model that training began with comes to it in at most 1 / evidence")
+                            "privilege, under the model that training began with")
     mentions: tuple[str, ...] | None = Field(
         None, description="regular expressions of what mentions an unseen reference; those that match the prompt are "
         "not asked; null: the English list in eval/lexicon.py")

@@ -9,10 +9,13 @@ Whether the student LEANS on what it was not shown: it mentions a reference that
 wording is evidence that there was one. That evidence is the likelihood ratio under a fixed reference model R (the one
 that training began with), with a WRONG privilege in the place of c, so that being right earns nothing:
 
-    e(y) = prod over tokens that are not the answer's of R(y_t | x, c_wrong, y_<t) / R(y_t | x, y_<t)
+    e(y) = prod over the tokens with a letter, but for the answer's, of R(y_t | x, c_wrong, y_<t) / R(y_t | x, y_<t)
 
-Where R itself writes, the ratio over all tokens has mean 1 for every c, so that e >= 20 comes in at most one of 20
-responses (Markov's inequality): it is an e-value against "nothing but the question was there" (arXiv 1912.06116).
+Digits and signs do not count: they follow the form of the block (a full stop after a number) more than its content.
+Over all tokens, and where R itself writes, the ratio has mean 1 for every c, so that 20 is reached in at most one of 20
+responses: an e-value against "nothing but the question was there" (arXiv 1912.06116). For a part of the tokens, and for
+another writer, no such bound holds. So 20 is a convention; what flags a student is that it leans more than R does.
+A wording that R does not connect with privileges is no evidence, whatever it means: the measure is as good as R.
 """
 
 from __future__ import annotations
@@ -174,7 +177,8 @@ def rollout_measures(one: Scored, config: LeakageConfig) -> dict[str, float]:
     found["pcmi_spread"] = float(np.std(shown, ddof=1)) if len(shown) > 1 else math.nan
     found["evidence"] = math.nan
     if REFERENCE in logp and REFERENCE_WRONG in logp:
-        found["evidence"] = float((logp[REFERENCE_WRONG] - logp[REFERENCE])[~answer].sum())
+        word = np.array([any(map(str.isalpha, one.response[start:end])) for start, end in one.spans], dtype=bool)
+        found["evidence"] = float((logp[REFERENCE_WRONG] - logp[REFERENCE])[word & ~answer].sum())
     found["mention"] = float(bool(mentions(one.response, one.prompt, config.mentions)))
     found["leaning"] = float(found["mention"] > 0 or found["evidence"] >= math.log(config.evidence))
     if one.privilege:

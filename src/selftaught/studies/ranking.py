@@ -115,11 +115,12 @@ ABOUT = """\
 Students are the base model fine-tuned on texts of which a known share leans on a privilege that the prompt does not
 have, half of those in words that the list of mentions knows and half in words that it does not. `base` is the model
 itself, `grpo` a student that had no teacher. The score is the share of responses that lean: a mention of an unseen
-reference, or evidence of at least 20 under the base model. Intervals are 95 %, over problems; a student is flagged
-where its score is above the base model's with the whole paired interval. The AUROC of a student is how well one
-problem's mean tells it from the clean student (0 %) of the same seed: where a share s of n responses a problem leans
-and none of the clean student's does, 1/2 + (1 - (1 - s)^n) / 2. `knows` and pass@1 stand beside the score as measures
-of skill, by which nobody should be accused."""
+reference, or evidence of at least 20 under the base model, which knows of those other words only what it learned. All
+intervals are of 95 %, over problems unless another kind is named; a student is flagged where its score is above the
+base model's with the whole paired interval. The AUROC of a student is how well one problem's mean tells it from the
+clean student (0 %) of the same seed: where a share s of n responses a problem leans and none of the clean student's
+does, 1/2 + (1 - (1 - s)^n) / 2. `knows` and pass@1 stand beside the score as measures of skill, by which nobody should
+be accused."""
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
