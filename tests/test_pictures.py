@@ -182,7 +182,23 @@ def test_the_command_draws_one_run_or_several_and_its_page_needs_nothing_else(tm
     assert cli("report", a, "--pictures").code == 0 and (a / "pictures" / "pass-at-k.png").is_file()
     other = run_folder(tmp_path / "c", 2, model="another")
     shown = pictures.of_runs({name: pictures.measured(path, print) for name, path in (("a", a), ("c", other))})
-    assert [series.label for series in shown[0].series] == ["a", "c"]  # no common beginning
+    assert [(series.label, series.dashed) for series in shown[0].series] == [
+        ("a, before training", True), ("a", False), ("c, before training", True), ("c", False)]  # no common beginning
+
+
+def test_a_run_that_began_otherwise_has_its_own_beginning_and_unlike_counts_are_not_compared(tmp_path: Path) -> None:
+    """One grey curve for all would make a run that rose from less look as if it fell."""
+    said = list[str]()
+    a, b = run_folder(tmp_path / "a", 3), run_folder(tmp_path / "b", 2)
+    rows = [json.loads(line) for line in (b / "completions.jsonl").read_text().splitlines()]
+    fewer = [row for row in rows if row["sample"] < 2]
+    (b / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in fewer))
+    shown = pictures.of_runs({path.name: pictures.measured(path, said.append) for path in (a, b)})
+    labels = [series.label for series in shown[0].series]
+    assert labels == ["a, before training", "a", "b, before training", "b"]
+    assert not shown[1]
+    pictures.write_pictures([a, b], tmp_path / "out", said.append)
+    assert any("among 2, 4 responses" in line for line in said)
 
 
 def test_without_matplotlib_the_files_are_svg_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

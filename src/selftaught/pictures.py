@@ -23,6 +23,7 @@ from selftaught.report.draw import alone, save, write_page
 from selftaught.report.read import RunData, read_run
 
 DIVERSITY = "distinct_answers"
+BEFORE = "before training"
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,13 @@ def write_pictures(folders: Sequence[Path], out: Path, say: Say) -> Path:
     One PNG for each picture, or an SVG without matplotlib. Raises UserError for a folder that is no run's, or where no
     run has anything to draw.
     """
-    runs = [measured(Path(folder), say) for folder in folders]
-    names = _names([one.run for one in runs])
-    pictures = [picture for picture in of_runs(dict(zip(names, runs, strict=True))) if picture]
+    given = [measured(Path(folder), say) for folder in folders]
+    names = _names([one.run for one in given])
+    runs = dict(zip(names, given, strict=True))
+    if len(counts := _samples(runs)) > 1:
+        say(f"not drawn: distinct answers among {', '.join(f'{n:g}' for n in sorted(counts))} responses to a problem "
+            "cannot be compared")
+    pictures = [picture for picture in of_runs(runs) if picture]
     if not pictures:
         raise UserError(f"report: {', '.join(map(str, folders))} hold no evaluation to draw; evaluate first, or give "
                         "others")
@@ -80,14 +85,17 @@ def ladder(samples: int) -> list[int]:
 def of_runs(runs: Mapping[str, Measured]) -> list[plots.Picture]:
     """All pictures of the runs, some of them empty."""
     single = len(runs) == 1
-    rungs: dict[str, Any] = {}
+    begun = [one.before for one in runs.values() if one.before]
+    rungs: dict[str, Any] = {BEFORE: begun[0]} if begun and _began_alike(runs) else {}
     for name, one in runs.items():
-        if one.before and (single or (_same_model(runs) and not rungs)):
-            rungs["before training"] = one.before
+        if one.before and BEFORE not in rungs:
+            rungs[f"{name}, {BEFORE}"] = one.before
         if one.after:
             rungs["after training" if single else name] = one.after
     paths = {name: [{**side, **extra} for side, extra in ((one.before, {}), (one.after, one.extra.get("summary", {})))
                     if side] for name, one in runs.items()}  # fmt: skip
+    if len(_samples(runs)) > 1:
+        paths = {}  # a count of distinct answers is a count among so many
     controls = {}
     for name, one in runs.items():
         given = one.run.results.get("controls") or {}
@@ -100,7 +108,7 @@ def of_runs(runs: Mapping[str, Measured]) -> list[plots.Picture]:
         "wrong privilege did not need it.",
     )  # fmt: skip
     return [
-        plots.pass_at_k(rungs, dashed=["before training"]),
+        plots.pass_at_k(rungs, dashed=[name for name in rungs if name.endswith(BEFORE)]),
         plots.diversity_accuracy(paths, DIVERSITY, label="distinct answers per problem"),
         plots.over_steps({name: one.run.series("entropy") for name, one in runs.items()}, "entropy, nats",
                          name="entropy", title="Token entropy while training", y_range=(0.0, 0.0),
@@ -116,8 +124,15 @@ _ARMS = {"teacher/right": "teacher, right privilege", "teacher/empty": "teacher,
          "teacher/wrong": "teacher, wrong", "other_prompt": "other problem's prompt"}
 
 
-def _same_model(runs: Mapping[str, Measured]) -> bool:
-    return len({json.dumps(one.run.run.get("model"), default=str) for one in runs.values()}) == 1
+def _began_alike(runs: Mapping[str, Measured]) -> bool:
+    """Is what was measured before training one and the same, so that one curve stands for all?"""
+    begun = {json.dumps([one.run.run.get("model"), one.before], sort_keys=True, default=str) for one in runs.values()}
+    return len(begun) == 1
+
+
+def _samples(runs: Mapping[str, Measured]) -> set[float]:
+    """How many responses a problem got, in every evaluation shown."""
+    return {side["samples"] / side["problems"] for one in runs.values() for side in (one.before, one.after) if side}
 
 
 def _names(runs: Sequence[RunData]) -> list[str]:
