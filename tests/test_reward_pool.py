@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -42,14 +43,13 @@ def rollout(text: str) -> Rollout:
 
 def carriers(mark: str) -> list[psutil.Process]:
     """Living processes with `mark` in their environment, and all descendants of this one."""
-    found = set(psutil.Process().children(recursive=True))
-    for process in psutil.process_iter():
-        try:
-            if mark in process.environ():
-                found.add(process)
-        except psutil.Error:
-            continue
-    return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and p.pid != os.getpid()]
+    mine = set(psutil.Process().children(recursive=True))
+    found = []
+    for process in {*mine, *psutil.process_iter()}:
+        with contextlib.suppress(psutil.Error):  # it may end between any two questions
+            if (process in mine or mark in process.environ()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return [p for p in found if p.pid != os.getpid()]
 
 
 @pytest.fixture
