@@ -180,22 +180,31 @@ def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(
-        help="methods: each on one task, the self-taught ones also with an empty and a wrong privilege")],
+        help="methods: each on one task, the self-taught ones also with an empty and a wrong privilege; graphs: "
+        "self-distillation and diversity on concept graphs, four arms or those of --only")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="the study's folder; runs/NAME if not given")] = None,
     only: Annotated[str | None, typer.Option(help="some methods, with commas")] = None,
-    seeds: Annotated[str, typer.Option(help="with commas")] = "0",
+    seeds: Annotated[str | None, typer.Option(help="with commas; methods: 0, graphs: 0,1,2 (smoke: 0)")] = None,
     jobs: Annotated[int, typer.Option(help="runs at a time; 0: one per processor, at most 4")] = 0,
     smoke: Annotated[bool, typer.Option("--smoke", help="two steps of each run, to see that all of them work")] = False,
 ) -> None:
     """A whole experiment; the same command goes on where it was stopped."""
     from selftaught.studies import methods
 
-    if name != "methods":
-        raise UserError(f"study {name!r}: {nearest(name, ['methods'])}")
+    if name not in ("methods", "graphs"):
+        raise UserError(f"study {name!r}: {nearest(name, ['methods', 'graphs'])}")
     folder = out or Path(f"runs/{name}{'-smoke' if smoke else ''}")
-    typer.echo(methods.run(folder, _say, methods=only.split(",") if only else (), seeds=_ladder(seeds, "--seeds"),
-                           jobs=jobs, extra=[*(methods.SMOKE if smoke else ()), *(overrides or [])]))
+    chosen = only.split(",") if only else ()
+    numbers = _ladder(seeds or ("0,1,2" if name == "graphs" and not smoke else "0"), "--seeds")
+    if name == "graphs":
+        from selftaught.studies.graphs import study as graphs
+
+        typer.echo(graphs.run(folder, _say, only=chosen, seeds=numbers, jobs=jobs, smoke=smoke,
+                              overrides=overrides or []))
+        return
+    typer.echo(methods.run(folder, _say, methods=chosen, seeds=numbers, jobs=jobs,
+                           extra=[*(methods.SMOKE if smoke else ()), *(overrides or [])]))
 
 
 def _dry_run(run: Any) -> None:
