@@ -22,7 +22,7 @@ from selftaught.studies.graphs import base, measures, pcmi, verify
 from selftaught.studies.graphs.arms import ARMS, CORE, PAPER, SMALL, arms, sources_of_sets
 
 PAPERS = Layout()
-SMALLS = Layout(chains=1, short=4, long=6, nodes=8, concepts=6, names=8, style="tokens")
+SMALLS = Layout(chains=1, short=4, long=6, nodes=8, concepts=6, names=6, mark="concept", style="tokens")
 LAYOUTS = [PAPERS, SMALLS, Layout(sectors=5, chains=2, short=5, long=7, nodes=9)]
 
 
@@ -71,7 +71,13 @@ def test_a_graph_is_what_its_kind_and_layout_say(kind: str, layout: Layout) -> N
         assert len(ends) == layout.sectors and len(right) == 2
         assert len({read.name[i] for i in ends}) == 2  # the distractors share a name
         slots = [graph.slot(0).concept, graph.slot(1).concept]
-        assert [read.sector(i) for i in right] == slots  # in the order of listing
+        if layout.mark == "order":
+            assert [read.sector(i) for i in right] == slots  # in the order of listing
+        else:
+            half = [*INSTANCES][: layout.concepts // 2]
+            assert [concept in half for concept in slots] == [True, False]
+            right.sort(key=lambda i: slots.index(read.sector(i)))
+            assert [read.sector(i) for i in right] == slots
         cut = {"harder": [0]}.get(kind, [])
         if kind == "harder-random":
             cut = [slot for slot in (0, 1) if right[slot] not in reached]
@@ -133,10 +139,12 @@ def test_the_random_cut_takes_either_slot_half_the_time_and_the_fixed_one_never_
     assert all(draw("harder", SMALLS, rng).open_slots() == [1] for _ in range(50))
 
 
-def test_sectors_stand_in_any_order_but_for_the_two_slots() -> None:
-    drawn = [draw("train", SMALLS, random.Random(seed)) for seed in range(200)]
+@pytest.mark.parametrize(("layout", "marked"), [(PAPERS, True), (SMALLS, False)])
+def test_sectors_stand_in_any_order_but_for_slots_that_it_marks(layout: Layout, marked: bool) -> None:
+    drawn = [draw("train", layout, random.Random(seed)) for seed in range(300)]
     orders = {tuple(sector.slot for sector in graph.sectors) for graph in drawn}
-    assert orders == {order for order in itertools.permutations((0, 1, None, None)) if order.index(0) < order.index(1)}
+    every = {*itertools.permutations((0, 1, None, None))}
+    assert orders == {order for order in every if not marked or order.index(0) < order.index(1)}
 
 
 @pytest.mark.parametrize("recipe", [SMALL, PAPER])
@@ -195,6 +203,7 @@ def test_bad_sources_are_refused_by_name() -> None:
         "graphs:train?short=x": "whole number", "graphs:train?short=16": "at most long",
         "graphs:train?sectors=2": "above 2",
         "graphs:train?long=40": "names + 2", "graphs:train?style=token": "did you mean 'tokens'",
+        "graphs:train?mark=ordr": "did you mean 'order'",
         "graphs:train?style=tokens": "chains", "graphs:larger?nodes=2": "from 3",
         "graphs:train?concepts=90": "the list", "graphs:train?names=0": "every concept",
     }.items():  # fmt: skip
@@ -245,6 +254,7 @@ def test_the_diversity_reward_is_the_share_of_disjoint_siblings() -> None:
         other = next(sector for sector in graph.sectors if sector.slot is None)
         ways = [graph.path(0), graph.path(1), ("start", *other.chains[0], other.shape), ("start",),
                 (*graph.path(0)[:-2], *graph.path(1)[2:])]  # fmt: skip
+        ways = [way[::-1] for way in ways]
         chosen = rng.choices(ways, k=5) if number < 3 else [ways[0]]
         asked += [problem.prompt] * len(chosen)
         written += [" ".join(way) for way in chosen]
@@ -367,21 +377,38 @@ def test_log_probs_of_walks_are_those_of_one_token_at_a_time() -> None:
 def test_every_word_has_its_token_and_comes_back() -> None:
     tokenizer = base.make_tokenizer(TINY.layout)
     for seed in range(20):
-        text, response = base.example(TINY, random.Random(seed))
-        for one in (text, response):
+        text, responses = base.example(TINY, random.Random(seed))
+        assert len(responses) == TINY.walks
+        for one in (text, *responses):
             ids = tokenizer(one)["input_ids"]
             assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids).split() == one.split()
+
+
+def test_the_loss_counts_every_response_and_its_end_and_nothing_else() -> None:
+    tokenizer = base.make_tokenizer(TINY.layout)
+    pairs = [base.example(TINY, random.Random(seed)) for seed in range(3)]
+    ids, labels = base.collate(pairs, tokenizer)
+    for (text, responses), row, label in zip(pairs, ids.tolist(), labels.tolist(), strict=True):
+        kept = [token for token in label if token != -100]
+        assert tokenizer.decode(kept).split() == [w for one in responses for w in (*one.split(), "<end>")]
+        assert all(token in (-100, here) for here, token in zip(row, label, strict=True))
+        written = tokenizer.decode(row).replace("<pad>", "").split()
+        first, *further = responses
+        assert written == [*text.split(), *first.split(), "<end>",
+                           *(w for one in further for w in ("path", *one.split(), "<end>"))]
 
 
 def test_the_base_stage_draws_what_its_config_says() -> None:
     rng, plain, followed = random.Random(0), [], []
     for _ in range(3000):
-        text, response = base.example(TINY, rng)
+        text, responses = base.example(TINY, rng)
+        response = responses[rng.randrange(TINY.walks)]  # each is drawn as if it were alone
         names = response.split()
-        target, walks = text.split()[1], [walk.split()[::-1] for walk in text.split("\n")[0].split(";")[1:]]
+        target, walks = text.split()[1], [walk.split() for walk in text.split("\n")[0].split(";")[1:]]
         assert names in walks
-        right = names[-1] == target
-        slot = [walk for walk in walks if walk[-1] == target].index(names) if right else None
+        right = names[0] == target
+        half = [*INSTANCES][: TINY.layout.concepts // 2]
+        slot = int(not any(names[1] in INSTANCES[concept] for concept in half)) if right else None
         if "shown" in text:
             followed.append(response == text.split("shown ")[1].split("\n")[0])
         else:

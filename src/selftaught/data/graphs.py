@@ -4,8 +4,9 @@ A hub "start" stands in the middle of sectors. A sector is one concept (birds, f
 all from the hub to one end node, which is a shape. Two sectors end in the target's shape, the others in another; so two
 concepts are two ways to solve one problem. Names repeat among the chains of a sector, never inside a chain.
 
-Of the two target sectors one is in slot 0 and one in slot 1. Slot 0 is always listed before slot 1: the only mark that
-tells them apart where their lengths are equal. Lengths count the nodes of a path, the hub and the shape included.
+Of the two target sectors one is in slot 0 and one in slot 1. Where their lengths are equal, a mark still tells them
+apart (`mark`): slot 0 is listed before slot 1, or its concept is of the first half of the concepts and that of slot 1
+of the second. Lengths count the nodes of a path, the hub and the shape included.
 
     train          paths of slot 0 have `short` nodes, of slot 1 `long`; the other sectors take turns
     larger         all paths have `nodes` nodes
@@ -13,7 +14,7 @@ tells them apart where their lengths are equal. Lengths count the nodes of a pat
     harder-random  the control: the slot that is cut is drawn at random
     varied         every sector's length is drawn from `short` to `long`, no matter which slot
 
-How the sectors are listed, which edge is cut, and how many chains a sector has, the paper leaves open.
+What marks the slots, which edge is cut, and how many chains a sector has, the paper leaves open.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from selftaught.records import Problem
 PREFIX = "graphs:"
 KINDS = ("train", "larger", "harder", "harder-random", "varied")
 STYLES = ("chat", "tokens")
+MARKS = ("order", "concept")
 STALE_DRAWS = 2000  # give up after so many draws without a new problem
 HUB = "start"
 GAP = ";"  # before each walk of the style `tokens`
@@ -51,6 +53,7 @@ class Layout:
     nodes: int = 20  #: nodes of every path of larger
     concepts: int = 10  #: how many concepts of the list are in use
     names: int = 20  #: how many instances of each
+    mark: str = "order"  #: what tells slot 0 from slot 1: the order of listing, or the half that a concept is of
     style: str = "chat"  #: chat: the task in words, for a language model; tokens: target and walks, a word a token
 
 
@@ -107,16 +110,19 @@ class Graph:
 
 def draw(kind: str, layout: Layout, rng: random.Random) -> Graph:
     """A graph of that kind."""
-    concepts = rng.sample(list(INSTANCES)[: layout.concepts], layout.sectors)
+    concepts = _concepts(layout, rng)
     target, other = rng.sample(SHAPES, 2)
     cut_slot = {"harder": 0, "harder-random": rng.randrange(TARGETS)}.get(kind)
     order: list[int | None] = [*range(TARGETS), *[None] * (layout.sectors - TARGETS)]
     rng.shuffle(order)
-    targets = iter(range(TARGETS))  # slot 0 takes the first of the two places
-    slots = [None if slot is None else next(targets) for slot in order]
+    if layout.mark == "order":  # slot 0 takes the first of the two places
+        targets = iter(range(TARGETS))
+        order = [None if slot is None else next(targets) for slot in order]
+    others = iter(concepts[TARGETS:])
     turn = 0
     sectors = []
-    for concept, slot in zip(concepts, slots, strict=True):
+    for slot in order:
+        concept = next(others) if slot is None else concepts[slot]
         turn += slot is None
         length = _length(kind, layout, turn if slot is None else slot, rng)
         instances = list(INSTANCES[concept])[: layout.names]
@@ -125,6 +131,16 @@ def draw(kind: str, layout: Layout, rng: random.Random) -> Graph:
         cut = tuple(rng.choice(inner) if slot is not None and slot == cut_slot else None for _ in chains)
         sectors.append(Sector(concept, chains, other if slot is None else target, slot, cut))
     return Graph(tuple(sectors), target)
+
+
+def _concepts(layout: Layout, rng: random.Random) -> list[str]:
+    """Those of the slots, then of the other sectors."""
+    every = list(INSTANCES)[: layout.concepts]
+    if layout.mark == "order":
+        return rng.sample(every, layout.sectors)
+    half = layout.concepts // 2
+    of_slots = [rng.choice(every[:half]), rng.choice(every[half:])]
+    return of_slots + rng.sample([concept for concept in every if concept not in of_slots], layout.sectors - TARGETS)
 
 
 def _length(kind: str, layout: Layout, turn: int, rng: random.Random) -> int:
@@ -162,8 +178,12 @@ def _pieces(sector: Sector) -> list[tuple[str, ...]]:
 
 
 def shown(path: Sequence[str], style: str) -> str:
-    """A path as a response to `prompt`."""
-    return " ".join(path) if style == "tokens" else f"\\boxed{{{', '.join(path)}}}"
+    """A path, from the hub, as a response to `prompt`; in the style `tokens` it is written from the target to the hub.
+
+    So the first token says which shape is looked for, and each further one follows what it followed in the prompt: a
+    step that a small decoder learns in minutes. From the hub, the first step would need the whole lookup at once.
+    """
+    return " ".join(path[::-1]) if style == "tokens" else f"\\boxed{{{', '.join(path)}}}"
 
 
 def problem(graph: Graph, style: str, rng: random.Random) -> Problem:
@@ -240,8 +260,9 @@ def _check(source: str, kind: str, layout: Layout) -> None:
     def refuse(key: str, why: str) -> UserError:
         return UserError(f"data.source: {key}={getattr(layout, key)} in {source}: {why}")
 
-    if layout.style not in STYLES:
-        raise refuse("style", nearest(layout.style, STYLES))
+    for key, known in (("style", STYLES), ("mark", MARKS)):
+        if getattr(layout, key) not in known:
+            raise refuse(key, nearest(getattr(layout, key), known))
     if not TARGETS < layout.sectors <= layout.concepts:
         raise refuse("sectors", f"must be above {TARGETS}, so that some lead elsewhere, and at most concepts = "
                      f"{layout.concepts}")

@@ -34,9 +34,9 @@ QUESTION, ANSWER, SHOWN = "{question}\n", "path", "shown {privilege}"
 class BaseConfig:
     """What is drawn, and how the decoder is trained on it. The numbers are ours."""
 
-    layout: Layout = field(default_factory=lambda: Layout(chains=1, short=4, long=8, concepts=6, names=8,
-                                                          style="tokens"))  # fmt: skip
-    right: float = 0.6  #: share of right walks; the others lead to another shape
+    layout: Layout = field(default_factory=lambda: Layout(
+        chains=1, short=4, long=8, concepts=6, names=6, mark="concept", style="tokens"))  # fmt: skip
+    right: float = 0.85  #: share of right walks; the others lead to another shape
     first: float = 0.75  #: share of slot 0 among right walks
     follow: float = 0.8  #: share of walks along the demonstration, where there is one
     demonstrated: float = 0.5  #: share of examples with a demonstration
@@ -45,8 +45,9 @@ class BaseConfig:
     heads: int = 4
     steps: int = 900
     batch: int = 32
-    learning_rate: float = 3e-3
-    prompt_weight: float = 0.5  #: of the loss on all tokens, beside that on the response: copying is learned sooner
+    learning_rate: float = 2e-3
+    walks: int = 4  #: responses to one prompt, drawn apart and written one after another: more to learn from a pass
+    prompt_weight: float = 0.2  #: of the loss on all tokens, beside that on the response: copying is learned sooner
     seed: int = 0
 
 
@@ -76,22 +77,23 @@ def make_model(config: BaseConfig) -> Any:
         vocab_size=len(words(config.layout)), hidden_size=config.width, intermediate_size=3 * config.width,
         num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
         max_position_embeddings=256, pad_token_id=0, bos_token_id=None, eos_token_id=1, tie_word_embeddings=True,
+        initializer_range=config.width**-0.5,  # 0.02, the default, is for far wider models: attention would begin flat
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return LlamaForCausalLM(shape).to(torch.float32)
 
 
-def example(config: BaseConfig, rng: random.Random) -> tuple[str, str]:
-    """A prompt and a response, drawn."""
+def example(config: BaseConfig, rng: random.Random) -> tuple[str, list[str]]:
+    """A prompt and its responses, drawn."""
     graph = draw("varied", config.layout, rng)
     text = QUESTION.replace("{question}", prompt(graph, "tokens"))
-    response = _walk(graph, config, rng)
+    responses = [_walk(graph, config, rng) for _ in range(config.walks)]
     if rng.random() < config.demonstrated:
         demonstration = graph.path(int(rng.random() >= config.first))
         text += SHOWN.replace("{privilege}", shown(demonstration, "tokens")) + "\n"
-        response = demonstration if rng.random() < config.follow else response
-    return text + ANSWER, shown(response, "tokens")
+        responses = [demonstration if rng.random() < config.follow else response for response in responses]
+    return text + ANSWER, [shown(response, "tokens") for response in responses]
 
 
 def _walk(graph: Graph, config: BaseConfig, rng: random.Random) -> tuple[str, ...]:
@@ -101,17 +103,25 @@ def _walk(graph: Graph, config: BaseConfig, rng: random.Random) -> tuple[str, ..
     return (HUB, *sector.chains[0], sector.shape)
 
 
-def collate(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Token ids (B, T), padded at their ends, and labels (B, T): the response and its end, -100 elsewhere."""
-    coded = [(tokenizer(text)["input_ids"], [*tokenizer(response)["input_ids"], tokenizer.eos_token_id])
-             for text, response in pairs]  # fmt: skip
-    longest = max(len(before) + len(after) for before, after in coded)
-    ids = torch.full((len(coded), longest), tokenizer.pad_token_id)
-    labels = torch.full((len(coded), longest), -100)
-    for row, (before, after) in enumerate(coded):
-        ids[row, : len(before) + len(after)] = torch.tensor(before + after)
-        labels[row, len(before) : len(before) + len(after)] = torch.tensor(after)
-    return ids, labels
+def collate(pairs: Sequence[tuple[str, Sequence[str]]], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T), padded at their ends, and labels (B, T): the responses and their ends, -100 elsewhere.
+
+    A prompt ends with ANSWER; so does what stands before each further response.
+    """
+    again = tokenizer(ANSWER)["input_ids"]
+    coded = []
+    for text, responses in pairs:
+        ids, labels = list(tokenizer(text)["input_ids"]), list[int]()
+        for number, response in enumerate(responses):
+            asked = again if number else []
+            written = [*tokenizer(response)["input_ids"], tokenizer.eos_token_id]
+            labels += [-100] * (len(ids) + len(asked) - len(labels)) + written
+            ids += [*asked, *written]
+        coded.append((ids, labels))
+    longest = max(len(ids) for ids, _ in coded)
+    padded = [(ids + [tokenizer.pad_token_id] * (longest - len(ids)), labels + [-100] * (longest - len(labels)))
+              for ids, labels in coded]  # fmt: skip
+    return torch.tensor([ids for ids, _ in padded]), torch.tensor([labels for _, labels in padded])
 
 
 def train_base(config: BaseConfig, folder: Path, say: Callable[[str], None], device: str = "cpu") -> dict[str, Any]:

@@ -55,12 +55,12 @@ def markdown(out: Path, found: Found, plan: Plan) -> Iterator[str]:
            "Concepts are of the right samples of a solved problem: how many, and exp of the entropy of their shares. "
            "`slot 0` is the share of right samples that go through the sector that is short in training and cut in "
            "`harder`.\n")
-    yield ("| arm | in: pass@1 | in: most samples | in: concepts | in: effective concepts | in: slot 0 | "
-           + " | ".join(f"{name}: pass@1, most samples" for name in sets[1:]) + " |")
+    top = f"pass@{max(ladder(plan.samples))}"
+    yield (f"| arm | in: pass@1 | in: {top} | in: concepts | in: effective concepts | in: slot 0 | "
+           + " | ".join(f"{name}: pass@1, {top}" for name in sets[1:]) + " |")
     yield "| --- " * (5 + len(sets)) + "|"
     for name, runs in found.items():
         mean = {each: over_seeds([run[each] for run in runs.values() if each in run]) for each in sets}
-        top = f"pass@{max(ladder(plan.samples))}"
         shown = [_cell(mean[IN], key) for key in ("pass@1", top, "concepts", "effective", "slot0")]
         shown += [f"{_cell(mean[each], 'pass@1')}, {_cell(mean[each], top)}" for each in sets[1:]]
         yield f"| {name} | " + " | ".join(shown) + " |"

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-import selftaught
 from selftaught import data
 from selftaught.assemble import lay_ground, load_engine
 from selftaught.eval import append_rows
 from selftaught.evaluate import sample_rows
 from selftaught.run import load_run
 from selftaught.studies.graphs.arms import sources_of_sets
+from selftaught.train import train
 
 IN = "in"  # the recipe's own held-out problems
 TEST_SEED = 0  # of the other sets, so that every arm and seed meets the same graphs
@@ -53,7 +53,7 @@ def do(job: Job, console: Console) -> None:
             if not resume:
                 shutil.rmtree(folder, ignore_errors=True)  # stopped before a checkpoint: nothing in it is needed
             run = load_run(job.recipe, [*job.overrides, f"model={job.model}", f"out={folder}"])
-            if selftaught.train(run, resume=resume, console=console).interrupted is not None:
+            if train(run, resume=resume, console=console).interrupted is not None:
                 raise KeyboardInterrupt
     sample_sets(job, model)
 

@@ -27,7 +27,7 @@ def logps(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Tenso
     """log pi(response, end | text) of each pair, in nats: (B,)."""
     found = []
     for start in range(0, len(pairs), CHUNK):
-        ids, labels = collate(pairs[start : start + CHUNK], tokenizer)
+        ids, labels = collate([(text, [walk]) for text, walk in pairs[start : start + CHUNK]], tokenizer)
         logp = model(input_ids=ids.to(model.device)).logits[:, :-1].float().log_softmax(-1).cpu()
         wanted = labels[:, 1:]
         taken = logp.gather(-1, wanted.clamp_min(0)[..., None]).squeeze(-1)

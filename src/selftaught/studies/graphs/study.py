@@ -46,7 +46,8 @@ class Plan:
 
 
 PAPER_LARGER = (15, 20)
-EASY = Layout(sectors=3, chains=1, short=3, long=4, concepts=3, names=3, style="tokens")  # learned in seconds
+# Learned in seconds.
+EASY = Layout(sectors=3, chains=1, short=3, long=4, concepts=4, names=3, mark="concept", style="tokens")
 SMOKE = Plan(samples=4, problems=6, larger=(5,),
              base={"layout": EASY, "width": 32, "layers": 2, "heads": 2, "steps": 150, "batch": 16},
              extra=(f"data.source={source('train', EASY)}", "optim.steps=2", "data.heldout=6", "data.train=64",

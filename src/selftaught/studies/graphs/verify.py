@@ -32,9 +32,9 @@ def follow(listed: Sequence[str], names: Sequence[str], edges: Iterable[Sequence
 
 
 def read(completion: str, style: str) -> list[str] | None:
-    """The names that a completion lists: the words of it (tokens), or what its last \\boxed{} holds (chat)."""
+    """The names that a completion lists, from the hub: its words in reverse (tokens), or its last \\boxed{} (chat)."""
     if style == "tokens":
-        return completion.split() or None
+        return completion.split()[::-1] or None
     inside = boxed(completion)
     return None if inside is None else [name.strip() for name in inside.split(",")]
 
