@@ -6,6 +6,8 @@ import itertools
 import math
 import random
 import re
+import subprocess
+import sys
 from collections import deque
 
 import numpy as np
@@ -236,6 +238,11 @@ def test_the_verifier_agrees_with_every_walk_of_random_graphs_whose_names_repeat
         right += len(named)
     assert right > 100
     assert verify.follow([], ["s"], [], "t") is not None
+
+
+def test_a_worker_that_imports_the_verifier_does_not_wait_for_torch() -> None:
+    code = "import sys, selftaught.studies.graphs.verify; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_repeated_name_is_followed_through_whichever_node_leads_on() -> None:

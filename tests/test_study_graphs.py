@@ -98,8 +98,8 @@ def test_a_stopped_arm_goes_on_from_its_checkpoint_to_the_same_weights(smoke: Pa
     assert "resumed after step 1" in (smoke / "sdsd-mixture-0.log").read_text()
 
 
-def test_a_failed_part_is_named_and_the_others_stand_in_the_table(smoke: Path) -> None:
-    with pytest.raises(UserError, match=r"1 of 2 parts failed \(grpo-7: .*optim.steps") as told:
+def test_failed_parts_are_named_and_what_is_done_stands_in_the_table(smoke: Path) -> None:
+    with pytest.raises(UserError, match=r"2 of 2 parts failed \(base: .*; grpo-7: optim.steps") as told:
         study.run(smoke, lambda text: None, only=("grpo",), seeds=(7,), smoke=True,
                   overrides=(*QUICK, "optim.steps=-1"))  # fmt: skip
     assert "table.md" in str(told.value) and "| base |" in (smoke / "table.md").read_text()

@@ -43,7 +43,7 @@ class BaseConfig:
     width: int = 128
     layers: int = 3
     heads: int = 4
-    steps: int = 900
+    steps: int = 1800
     batch: int = 32
     learning_rate: float = 2e-3
     walks: int = 4  #: responses to one prompt, drawn apart and written one after another: more to learn from a pass

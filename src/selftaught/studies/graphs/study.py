@@ -49,9 +49,10 @@ PAPER_LARGER = (15, 20)
 # Learned in seconds.
 EASY = Layout(sectors=3, chains=1, short=3, long=4, concepts=4, names=3, mark="concept", style="tokens")
 SMOKE = Plan(samples=4, problems=6, larger=(5,),
-             base={"layout": EASY, "width": 32, "layers": 2, "heads": 2, "steps": 150, "batch": 16},
+             base={"layout": EASY, "width": 32, "layers": 2, "heads": 2, "steps": 150, "batch": 16, "first": 0.5},
              extra=(f"data.source={source('train', EASY)}", "optim.steps=2", "data.heldout=6", "data.train=64",
-                    "eval.samples=2", "eval.k=[1,2]", "checkpoint.every=1", "optim.warmup_steps=1"))  # fmt: skip
+                    "eval.samples=2", "eval.k=[1,2]", "checkpoint.every=1", "optim.warmup_steps=1",
+                    "rollout.num_generations=16"))  # fmt: skip
 
 
 def plan_of(smoke: bool, overrides: Sequence[str]) -> Plan:
