@@ -33,11 +33,12 @@ class DataConfig(Section):
 
     source: str | tuple[Part, ...] = Field(
         description="a file (.jsonl .json .parquet .csv), a folder saved by `datasets`, a Hub name (`owner/name`, or "
-        "`owner/name:config`), `gym:TASK?key=value&...`, one of these as `sciknoweval:SOURCE?domain=...&level=...` or "
+        "`owner/name:config`), `gym:TASK?key=value&...`, `graphs:KIND?key=value&...` (concept graphs), one of these as "
+        "`sciknoweval:SOURCE?domain=...&level=...` or "
         "`gpqa:SOURCE?domain=...` (their columns, options in a drawn order), or a list of {source, weight}"
     )
     split: str = Field("train", description="which split of a Hub name or of a saved DatasetDict")
-    train: int | None = Field(None, ge=1, description="training problems; empty: all that remain (reasoning-gym: 2000)")
+    train: int | None = Field(None, ge=1, description="training problems; empty: all that remain (gym, graphs: 2000)")
     heldout: int = Field(256, ge=0, description="held-out problems, never trained on")
     shots: int = Field(0, ge=0, description="few-shot examples, from problems that are in neither split")
     template: Literal["auto", "chat", "completion"] = Field(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from selftaught.data import gym, science
+from selftaught.data import graphs, gym, science
 from selftaught.data.columns import to_problems
 from selftaught.data.config import DataConfig, Part
 from selftaught.data.files import read
@@ -42,7 +42,7 @@ def load(config: DataConfig, *, seed: int, say: Say) -> Dataset:
     parts = config.parts()
     weights = [part.weight for part in parts]
     train = config.train
-    if train is None and any(part.source.startswith(gym.PREFIX) for part in parts):
+    if train is None and any(_generator(part.source) for part in parts):
         train = gym.DEFAULT_TRAIN
     heldout, shots = _shares(config.heldout, weights), _shares(config.shots, weights)
     wanted = None if train is None else _shares(train, weights)
@@ -61,14 +61,20 @@ def load(config: DataConfig, *, seed: int, say: Say) -> Dataset:
     return _cut(pools, shots, heldout, wanted, columns, note, notes, seed)
 
 
+def _generator(source: str) -> Callable[..., list[Problem]] | None:
+    """What draws the problems of `source`; None where they are read."""
+    prefixes = {gym.PREFIX: gym.generate, graphs.PREFIX: graphs.generate}
+    return next((generate for prefix, generate in prefixes.items() if source.startswith(prefix)), None)
+
+
 def _pool(
     config: DataConfig, part: Part, need: int, seed: int, taken: set[str], columns: dict[str, str], note: Say
 ) -> list[Problem]:
     """The distinct problems of one part that no earlier part holds."""
-    if part.source.startswith(gym.PREFIX):
+    if generate := _generator(part.source):
         if config.columns or part.columns:
             raise UserError(f"data.columns: {part.source} has no columns to choose from; leave `columns` out")
-        return gym.generate(part.source, need, seed=seed, taken=taken, say=note) if need else []
+        return generate(part.source, need, seed=seed, taken=taken, say=note) if need else []
     given = config.split != DataConfig.model_fields["split"].default
     if science.is_science(part.source):
         if config.columns or part.columns:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the command line reads STUDIES for its help, and must not w
 # One line for each: a module of this package with `run(out, say, *, ...) -> str`, its last words. The keyword-only
 # arguments of `run` are those options of the command line (only, seeds, jobs, smoke, overrides) that the study has.
 STUDIES = {
+    "graphs": "self-distillation and diversity on concept graphs, four arms or those of --only",
     "laws": "the exact laws on tables of probabilities, each computed in two ways",
     "leakage": "students with planted contamination, ranked by the leakage score (grpo=RUN adds one of GRPO)",
     "methods": "every method on one task, the self-taught ones also with an empty and a wrong privilege",

@@ -1,0 +1,173 @@
+"""The study: base stage, arms, test sets, tables and pictures; each part that is done is not done again.
+
+An arm is `selftaught.train` with a shipped recipe, as a user would call it; stopped, it goes on from its checkpoint.
+The small decoder's base stage is the only training that is not a recipe: the library has no supervised stage, and needs
+none for models that others have pretrained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from selftaught.data.graphs import Layout, draw, parse, source
+from selftaught.errors import UserError
+from selftaught.eval import read_rows
+from selftaught.records import Say
+from selftaught.run import load_run
+from selftaught.studies.graphs.arms import ARMS, BASE, SMALL, Arm, arms
+from selftaught.studies.graphs.measures import measure
+from selftaught.studies.graphs.part import IN, Job, do
+
+PCMI_GRAPHS = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything. The numbers are ours, but samples and problems, which are the paper's."""
+
+    recipe: str = SMALL
+    larger: tuple[int, ...] = (7, 8)  # nodes of the paths of the larger sets
+    samples: int = 64
+    problems: int = 128
+    base: Mapping[str, Any] = field(default_factory=dict)  # what the base stage has other than its defaults
+    extra: tuple[str, ...] = ()  # overrides of every arm
+
+
+PAPER_LARGER = (15, 20)
+# Learned in seconds.
+EASY = Layout(sectors=3, chains=1, short=3, long=4, concepts=4, names=3, mark="concept", style="tokens")
+SMOKE = Plan(samples=4, problems=6, larger=(5,),
+             base={"layout": EASY, "width": 32, "layers": 2, "heads": 2, "steps": 150, "batch": 16, "first": 0.5},
+             extra=(f"data.source={source('train', EASY)}", "optim.steps=2", "data.heldout=6", "data.train=64",
+                    "eval.samples=2", "eval.k=[1,2]", "checkpoint.every=1", "optim.warmup_steps=1",
+                    "rollout.num_generations=16"))  # fmt: skip
+
+
+def plan_of(smoke: bool, overrides: Sequence[str]) -> Plan:
+    """The plan of a command; the override `recipe=NAME` is the study's own, the others go to every arm."""
+    plan = SMOKE if smoke else Plan()
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "recipe":
+            plan = replace(plan, recipe=value, larger=plan.larger if value == SMALL else PAPER_LARGER)
+        else:
+            plan = replace(plan, extra=(*plan.extra, override))
+    return plan
+
+
+def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] = (), jobs: int = 0,
+        smoke: bool = False, overrides: Sequence[str] = ()) -> str:
+    """Run what is not finished under `out`; then write table.md, measures.json, the panels and page.html there.
+
+    `only` names arms; empty: the core's four. `seeds`; empty: 0, 1, 2, in a smoke run 0. `jobs` parts at a time, each
+    a process with its share of the processors; 1 (a smoke run's default): in this process; 0: as many as there are
+    processors, at most 4. Returns the tables.
+    Raises UserError for an unknown arm and for parts that failed (the others are done and in the tables).
+    """
+    from selftaught.studies.graphs.page import write
+
+    plan = plan_of(smoke, overrides)
+    todo = arms(only, seeds or ((0,) if smoke else (0, 1, 2)))
+    jobs = jobs or (1 if smoke else min(4, os.cpu_count() or 1))
+    out.mkdir(parents=True, exist_ok=True)
+    model = _model(plan, out, say)
+    parts = {BASE: _job(plan, out / BASE, model, ("privilege=null", "method=grpo"), trains=False)}
+    for arm in todo:
+        changes = (*ARMS[arm.name].overrides, f"seed={arm.seed}")
+        parts[arm.folder] = _job(plan, out / arm.folder, model, changes, trains=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        work = {name: pool.submit(_process, job, out / f"{name}.log", jobs, say) for name, job in parts.items()
+                if jobs > 1}  # fmt: skip
+        done = {name: work[name].result() if name in work else _here(job, out / f"{name}.log", say)
+                for name, job in parts.items()}  # fmt: skip
+    failed = {name: text for name, text in done.items() if text}
+    tables = write(out, collect(out, todo), plan)
+    if failed:
+        reasons = "; ".join(f"{name}: {text}" for name, text in failed.items())
+        raise UserError(f"study graphs: {len(failed)} of {len(parts)} parts failed ({reasons}); the others are in "
+                        f"{out / 'table.md'}. Give the same command again when the cause is mended")
+    return tables
+
+
+def _job(plan: Plan, folder: Path, model: str, overrides: Sequence[str], *, trains: bool) -> Job:
+    return Job(str(folder), model, plan.recipe, (*overrides, *plan.extra), trains, plan.larger, plan.samples,
+               plan.problems)  # fmt: skip
+
+
+def _model(plan: Plan, out: Path, say: Say) -> str:
+    """The model that every arm begins with: the recipe's own, or the small decoder, trained once."""
+    if plan.recipe != SMALL:
+        return load_run(plan.recipe, plan.extra).model
+    from selftaught.score.hub import load_model, load_tokenizer
+    from selftaught.studies.graphs.base import BaseConfig, train_base
+    from selftaught.studies.graphs.pcmi import predictions
+
+    folder, report = out / BASE / "model", out / BASE / "base.json"
+    if not report.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        done = train_base(BaseConfig(**plan.base), folder, say)
+        import torch
+
+        _, layout = parse(str(load_run(SMALL, plan.extra).data.source))
+        rng = random.Random("pcmi")
+        asked = [draw("train", layout, rng) for _ in range(PCMI_GRAPHS)]
+        done["pcmi"] = predictions(load_model(str(folder), torch.float32, "cpu"), load_tokenizer(str(folder)), asked)
+        report.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    return str(folder)
+
+
+def _here(job: Job, log: Path, say: Say) -> str:
+    """Do a part in this process; what is wrong with it, or ""."""
+    say(f"{log.stem}: started")
+    with log.open("a", encoding="utf-8") as file:
+        try:
+            do(job, Console(file=file, width=120))
+        except UserError as error:
+            return str(error)
+    say(f"{log.stem}: done")
+    return ""
+
+
+def _process(job: Job, log: Path, jobs: int, say: Say) -> str:
+    """Do a part in a process of its own; its last words if it failed, else ""."""
+    say(f"{log.stem}: started")
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with log.open("a", encoding="utf-8") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "selftaught.studies.graphs.part", job.text()], stdout=file, stderr=subprocess.STDOUT,
+            check=False, env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE",
+                              "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+    say(f"{log.stem}: {'done' if done.returncode == 0 else f'failed, see {log}'}")
+    return "" if done.returncode == 0 else _last_words(log)
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8").strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+# What was found.
+
+
+def collect(out: Path, todo: Sequence[Arm]) -> dict[str, dict[str, Any]]:
+    """By arm: its seeds, and of each seed the measures of every set that was sampled. The base has one."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, seed, folder in [(BASE, 0, BASE), *((arm.name, arm.seed, arm.folder) for arm in todo)]:
+        sets = {path.stem: measure(read_rows(path)) for path in sorted((out / folder / "tests").glob("*.jsonl"))}
+        if IN in sets:
+            found.setdefault(name, {})[str(seed)] = sets
+    (out / "measures.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
