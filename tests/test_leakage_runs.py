@@ -247,6 +247,13 @@ def test_a_saved_run_is_measured_before_and_after(home: Path, watched: Path, tmp
     assert found["leakage"]["difference"]["flagged"] is False and "no leakage found" in said.out
     assert found["diversity"]["after"]["token_entropy"] > 0 and "by position" in said.out
     assert lines(watched / "completions.jsonl") == rows  # nothing was sampled
+    assert json.loads((watched / "measures.json").read_text()) == found
+    assert cli("eval", watched, "--diversity").code == 0  # the other part stays
+    kept = json.loads((watched / "measures.json").read_text())
+    assert kept["leakage"] == found["leakage"] and kept["diversity"]["after"]["token_entropy"] is None
+    (watched / "measures.json").write_text(json.dumps(found))
+    assert cli("report", watched, "--pictures", "--out", tmp_path / "drawn").code == 0
+    assert {"entropy-by-position", "leakage-controls"} <= {path.stem for path in (tmp_path / "drawn").iterdir()}
     # The same by hand: what was said before training, under the model that the run began with.
     run = load_run(str(watched / "run.yaml"), ["eval.leakage.problems=3"])
     before = [row for row in rows if row["step"] == 0]

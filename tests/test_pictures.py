@@ -18,6 +18,7 @@ from selftaught import pictures
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, summarise
 from selftaught.eval.continual import summarise_sequence
+from selftaught.eval.diversity import entropy_by_position
 from selftaught.report import draw, plots
 
 
@@ -59,16 +60,14 @@ def test_diversity_is_joined_from_before_to_after_with_whiskers_in_both_directio
     assert svg.count('class="hollow c1"') == 1 and len(lines_of(svg, "whisker")) == 6 and lines_of(svg, "band") == []
 
 
-def test_entropy_takes_arrays_with_and_without_bounds() -> None:
-    value = np.linspace(1.0, 0.5, 5)
-    full = {"value": value, "low": value - 0.1, "high": value + 0.1, "position": [0, 2, 4, 8, 16]}
-    picture = plots.entropy_by_position({"plain": value, "full": full})
-    plain, other = picture.series
-    assert [m.x for m in plain.marks] == [0, 1, 2, 3, 4] and plain.marks[0].y_range is None
-    assert [(m.x, m.y, m.y_range) for m in other.marks][-1] == (16.0, 0.5, pytest.approx((0.4, 0.6)))
+def test_entropy_stands_at_the_middle_of_each_part() -> None:
+    parts = entropy_by_position([[1.0, 0.5, 0.25, 0.75, float("nan")], [3.0, 0.5]])[:3]
+    picture = plots.entropy_by_position({"run": parts, "behind": parts}, dashed=["behind"])
+    run, behind = picture.series
+    assert [(m.x, m.y) for m in run.marks] == [(0.0, 2.0), (1.0, 0.5), (2.5, 0.5)] and behind.dashed
     assert draw.axes_of(picture)[1].low == 0.0
-    broken = plots.entropy_by_position({"x": [1.0, float("nan"), 0.5]})
-    assert [m.x for m in broken.series[0].marks] == [0, 2]
+    broken = plots.entropy_by_position({"x": [*parts, {"start": 4, "end": 8, "value": float("nan")}]})
+    assert [m.x for m in broken.series[0].marks] == [0, 1, 2.5]
 
 
 def test_controls_have_a_row_each_and_runs_stand_beside_one_another_in_it() -> None:
@@ -169,8 +168,11 @@ def test_a_runs_measures_are_those_of_its_first_and_last_evaluation_of_the_stude
 def test_the_command_draws_one_run_or_several_and_its_page_needs_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     a, b = run_folder(tmp_path / "a", 3), run_folder(tmp_path / "b", 2)
-    (a / "measures.json").write_text(json.dumps({"leakage": {"true": measure(0.5), "wrong": measure(0.1)},
-                                                 "entropy_by_position": {"value": [1.0, 0.5]}}))
+    parts = [{"start": 0, "end": 1, "value": 1.0}, {"start": 1, "end": 2, "value": 0.5}]
+    side = {"gap/right": measure(0.5), "gap/wrong": measure(0.1), "pcmi": measure(3.0)}
+    (a / "measures.json").write_text(json.dumps({
+        "leakage": {"before": side, "after": side, "difference": side},
+        "diversity": {"before": {"token_entropy_by_position": None}, "after": {"token_entropy_by_position": parts}}}))
     said = cli("report", a, b, "--pictures", "--out", tmp_path / "out")
     assert said.code == 0, said.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -180,6 +182,9 @@ def test_the_command_draws_one_run_or_several_and_its_page_needs_nothing_else(tm
     assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page and page.count("<svg") == 6
     assert "before training" in page and "<title>a: 1, 0.75</title>" in page and "<title>b: 1, 0.5</title>" in page
     assert cli("report", a, "--pictures").code == 0 and (a / "pictures" / "pass-at-k.png").is_file()
+    gaps = pictures.of_runs({"a": pictures.measured(a, print)})[-1]
+    assert [text for _, text in gaps.y_ticks] == ["right privilege", "wrong"]
+    assert [series.label for series in gaps.series] == ["before training", "after training"]
     other = run_folder(tmp_path / "c", 2, model="another")
     shown = pictures.of_runs({name: pictures.measured(path, print) for name, path in (("a", a), ("c", other))})
     assert [(series.label, series.dashed) for series in shown[0].series] == [

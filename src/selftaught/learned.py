@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ def learned(run: str | None, overrides: Sequence[str], completions: Path | None,
     """{"diversity": ..., "leakage": ...}, each with `after`, and where the run was evaluated before training `before`
     and their paired `difference`.
 
-    Of a run, its held-out completions of the last step and of step 0; of a file of completions, diversity alone.
+    Of a run, its held-out completions of the last step and of step 0, and what was found is kept in its measures.json,
+    which its pictures are drawn from; of a file of completions, diversity alone.
 
     Raises:
         UserError: leakage of a file alone, both a run and a file, neither, or a run that has not ended.
@@ -50,7 +53,23 @@ def learned(run: str | None, overrides: Sequence[str], completions: Path | None,
         fault = "no run's folder was given" if run is None else f"{run!r} is no run's folder"
         raise UserError(f"eval: --leakage and --diversity measure a saved run, and {fault}; give one, or --completions "
                         "FILE with --diversity")
-    return _of_run(Path(run), overrides, ks, leakage, diversity, embedder, say, warn)
+    found = _of_run(Path(run), overrides, ks, leakage, diversity, embedder, say, warn)
+    _keep(Path(run) / "measures.json", found, warn)
+    return found
+
+
+def _keep(path: Path, found: Mapping[str, Any], warn: Say) -> None:
+    """Put the parts that were measured in the place of those that stand there; a folder that is closed is left so."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        kept = {}  # torn: what it held can be measured again
+    try:
+        new = path.with_suffix(".part")
+        new.write_text(json.dumps({**kept, **found}, indent=2) + "\n", encoding="utf-8")
+        os.replace(new, path)
+    except OSError as error:
+        warn(f"{path} cannot be written ({error.strerror}); the measures are printed alone")
 
 
 def _student(rows: Sequence[Row]) -> list[Row]:

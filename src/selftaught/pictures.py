@@ -1,8 +1,8 @@
 """The pictures of runs, from what their folders hold: files by matplotlib, and one page that needs nothing.
 
 Of each run: completions.jsonl (pass@k and distinct answers before and after), metrics.jsonl (entropy), results.json
-(its controls), and measures.json where there is one: {"summary": {name: measure}, "entropy_by_position": {value: [...],
-low, high, position}, "leakage": {control: measure}}, a measure being {value, low, high}.
+(its controls), and measures.json (entropy by position, gaps by control), which `selftaught eval RUN --leakage
+--diversity` keeps there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ class Measured:
     run: RunData
     before: Mapping[str, Any] = field(default_factory=dict)
     after: Mapping[str, Any] = field(default_factory=dict)
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_pictures(folders: Sequence[Path], out: Path, say: Say) -> Path:
@@ -74,7 +73,7 @@ def measured(folder: Path, say: Say) -> Measured:
             rows = kinds[kind]
             if any(row["score"] is not None for row in rows):
                 found[side] = summarise(rows, ladder(min(Counter(row["problem"] for row in rows).values())))
-    return Measured(run, found.get("before", {}), found.get("after", {}), _extra(folder / "measures.json"))
+    return Measured(run, found.get("before", {}), found.get("after", {}))
 
 
 def ladder(samples: int) -> list[int]:
@@ -92,8 +91,7 @@ def of_runs(runs: Mapping[str, Measured]) -> list[plots.Picture]:
             rungs[f"{name}, {BEFORE}"] = one.before
         if one.after:
             rungs["after training" if single else name] = one.after
-    paths = {name: [{**side, **extra} for side, extra in ((one.before, {}), (one.after, one.extra.get("summary", {})))
-                    if side] for name, one in runs.items()}  # fmt: skip
+    paths = {name: [side for side in (one.before, one.after) if side] for name, one in runs.items()}
     if len(_samples(runs)) > 1:
         paths = {}  # a count of distinct answers is a count among so many
     controls = {}
@@ -113,15 +111,33 @@ def of_runs(runs: Mapping[str, Measured]) -> list[plots.Picture]:
         plots.over_steps({name: one.run.series("entropy") for name, one in runs.items()}, "entropy, nats",
                          name="entropy", title="Token entropy while training", y_range=(0.0, 0.0),
                          caption="Mean over the tokens of each step's rollouts. Entropy is no diversity."),
-        plots.entropy_by_position({name: one.extra["entropy_by_position"] for name, one in runs.items()
-                                   if one.extra.get("entropy_by_position")}),
+        plots.entropy_by_position({name: by_position for name, side in _learned(runs, "diversity").items()
+                                   if (by_position := side.get("token_entropy_by_position"))},
+                                  dashed=[BEFORE]),
         by_control,
-        plots.leakage_controls({name: one.extra["leakage"] for name, one in runs.items() if one.extra.get("leakage")}),
+        plots.leakage_controls({name: {label: side[gap] for gap, label in _GAPS.items() if gap in side}
+                                for name, side in _learned(runs, "leakage").items()}),
     ]  # fmt: skip
 
 
 _ARMS = {"teacher/right": "teacher, right privilege", "teacher/empty": "teacher, empty",
          "teacher/wrong": "teacher, wrong", "other_prompt": "other problem's prompt"}
+
+
+_GAPS = {"gap/right": "right privilege", "gap/wrong": "wrong", "gap/other_problem": "other problem's",
+         "gap/empty": "empty"}
+
+
+def _learned(runs: Mapping[str, Measured], part: str) -> dict[str, Mapping[str, Any]]:
+    """One part of what was kept: of a single run before and after training, of several after it."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, one in runs.items():
+        sides = one.run.learned.get(part, {})
+        if len(runs) == 1 and "before" in sides:
+            found[BEFORE] = sides["before"]
+        if "after" in sides:
+            found["after training" if len(runs) == 1 else name] = sides["after"]
+    return found
 
 
 def _began_alike(runs: Mapping[str, Measured]) -> bool:
@@ -143,13 +159,3 @@ def _names(runs: Sequence[RunData]) -> list[str]:
         seen[run.name] += 1
         names.append(run.name if seen[run.name] == 1 else f"{run.name} ({seen[run.name]})")
     return names
-
-
-def _extra(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"report: {path} is not JSON ({error}); delete it or write it anew") from error
-    return found if isinstance(found, dict) else {}

@@ -98,19 +98,14 @@ def diversity_accuracy(runs: Mapping[str, Any], diversity: str, accuracy: str = 
                    "leads from before training (hollow) to after.", accuracy, words, tuple(series))
 
 
-def entropy_by_position(runs: Mapping[str, Any], dashed: Sequence[str] = ()) -> Picture:
-    """Mean entropy at each position of a response: an array, or {value, low, high, position} of arrays."""
-    lines = {}
-    for name, given in runs.items():
-        arrays = given if isinstance(given, Mapping) else {"value": given}
-        value = [float(v) for v in arrays["value"]]
-        places = [float(p) for p in arrays.get("position", range(len(value)))]
-        bounds = [arrays.get(side) for side in ("low", "high")]
-        sides = [[None] * len(value) if bound is None else list(bound) for bound in bounds]
-        lines[name] = list(zip(places, value, *sides, strict=True))
+def entropy_by_position(runs: Mapping[str, Iterable[Mapping[str, Any]]], dashed: Sequence[str] = ()) -> Picture:
+    """Mean entropy by position, of the parts {start, end, value} of `eval.entropy_by_position`, each at its middle."""
+    lines = {name: [((part["start"] + part["end"] - 1) / 2, part["value"]) for part in parts]
+             for name, parts in runs.items()}  # fmt: skip
     return _lines("entropy-by-position", "Token entropy by position", lines, "token of the response",
                   "entropy, nats", dashed, y_range=(0.0, 0.0),
-                  caption="Mean over responses that long. Entropy is no diversity: many words for one answer have it.")
+                  caption="Mean over the tokens at these positions, a dot for each part. Entropy is no diversity: many "
+                  "words for one answer have it.")
 
 
 def over_steps(runs: Mapping[str, Iterable[Sequence[float | None]]], y_label: str, *, name: str | None = None,

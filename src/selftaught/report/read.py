@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class RunData:
     versions: Mapping[str, Any]
     metrics: tuple[Mapping[str, Any], ...]
     results: Mapping[str, Any]
+    learned: Mapping[str, Any] = field(default_factory=dict)  #: diversity and leakage, once they were measured
 
     def series(self, key: str) -> list[Point]:
         """(step, value) of every line of metrics.jsonl that has the number `key`."""
@@ -73,6 +74,7 @@ def read_run(path: Path | str) -> RunData:
         versions=_json_file(path / "versions.json"),
         metrics=tuple(line for line in json_lines(path / "metrics.jsonl") if _is_number(line.get("step"))),
         results=_json_file(path / "results.json"),
+        learned=_json_file(path / "measures.json"),
     )
 
 
@@ -116,7 +118,7 @@ def _json_file(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"report: {path} is not JSON ({error}); delete it and evaluate again") from error
+        raise UserError(f"report: {path} is not JSON ({error}); delete it, and measure again") from error
     return value if isinstance(value, dict) else {}
 
 
