@@ -347,6 +347,28 @@ def test_a_head_gradient_that_is_added_at_once_is_the_returned_one_and_refuses_a
         (loss / 2).backward()
 
 
+def test_autograd_takes_over_the_heads_gradient_and_copies_it_only_for_a_graph_that_is_kept() -> None:
+    """A copy would be one more tensor as large as the head."""
+    hidden, head = torch.randn(5, 4).requires_grad_(), torch.randn(7, 4).requires_grad_()
+
+    def made() -> Tensor:
+        return chunked_loss(lambda student, views, credit: TokenLoss(-student.at_sampled, {}), {"student": hidden},
+                            {"student": Head(head)}, torch.arange(5), {}, torch.ones(5), chunk=2).loss
+
+    loss = made()
+    place = loss.grad_fn.grads.weight.data_ptr()
+    loss.backward()
+    assert head.grad is not None and head.grad.data_ptr() == place
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        loss.backward()
+    once = [head.grad.clone(), hidden.grad.clone()]
+    head.grad = hidden.grad = None
+    loss = made()
+    loss.backward(retain_graph=True)
+    (3 * loss).backward()
+    assert torch.allclose(head.grad, 4 * once[0]) and torch.allclose(hidden.grad, 4 * once[1])
+
+
 def test_under_no_grad_the_chunked_head_only_counts() -> None:
     hidden, heads, tokens, credit, weight = head_case()
     with torch.no_grad():

@@ -36,6 +36,25 @@ class _Gradients:
     weight: Tensor | None
     bias: Tensor | None
     placed: bool = False  # the weight's is where it belongs already
+    spent: bool = False
+
+    def hand_out(self, scale: Tensor, keep: bool) -> list[Tensor | None]:
+        """The gradients times `scale`; unless they are to be kept, the last reference to them.
+
+        The head's is the largest tensor here: autograd copies what somebody else still holds, and takes over the rest.
+        """
+        if self.spent:
+            raise RuntimeError("backward was called on this loss before; call it with retain_graph=True the first time")
+        found = [self.hidden, None if self.placed else self.weight, self.bias]
+        factor = scale.item()
+        if self.placed and factor != 1:
+            raise RuntimeError(f"the gradient of this loss's head was added in the forward pass, and the backward pass "
+                               f"scales it by {factor}; put the factor into the weights of the tokens")
+        if keep:
+            return [None if g is None else g * scale.to(g.dtype) for g in found]
+        self.hidden = self.weight = self.bias = None
+        self.spent = True
+        return [g if g is None or factor == 1 else g.mul_(scale.to(g.dtype)) for g in found]
 
 
 class _Precomputed(torch.autograd.Function):
@@ -49,13 +68,15 @@ class _Precomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        found = (ctx.grads.hidden, None if ctx.grads.placed else ctx.grads.weight, ctx.grads.bias)
-        if ctx.grads.placed and scale.item() != 1:
-            raise RuntimeError(f"the gradient of this loss's head was added in the forward pass, and the backward pass "
-                               f"scales it by {scale.item()}; put the factor into the weights of the tokens")
-        if scale.item() == 1:  # as of `loss.backward()`: no copy of the head's gradient, the largest tensor here
-            return (None, None, *found)
-        return (None, None, *(None if g is None else g * scale.to(g.dtype) for g in found))
+        return (None, None, *ctx.grads.hand_out(scale, _keeps_graph()))
+
+
+def _keeps_graph() -> bool:
+    """Was the running backward pass asked to retain its graph? True where this torch does not say."""
+    try:
+        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    except AttributeError:
+        return True
 
 
 def masked(loss_n: Tensor, weight_n: Tensor) -> Tensor:
