@@ -265,11 +265,42 @@ def test_the_resolved_form_of_a_composition_becomes_its_control_by_its_kind_alon
 
 def test_controls_draw_k_others():
     wrong = PrivilegeConfig(kind="wrong", of="demonstration", count=3)
-    [p] = made(wrong, group(PROBLEMS[0], ["x"]), scores(0.0))
+    p = made(wrong, group(PROBLEMS[0], ["x", "y"]), scores(0.0, 1.0))[0]
     drawn = all_texts(p)
     assert len(set(drawn)) == 3 and all(int(text.removeprefix("work ")) % 4 for text in drawn)
-    [none] = made(control(wrong, "empty"), group(PROBLEMS[0], ["x"]), scores(0.0))
+    none = made(control(wrong, "empty"), group(PROBLEMS[0], ["x", "y"]), scores(0.0, 1.0))[0]
     assert none.prompt == renderer().prompt(PROBLEMS[0]) and not none.others
+
+
+@pytest.mark.parametrize("kind", ["wrong", "other_problem", "empty"])
+def test_a_control_of_demonstrations_leaves_those_without_a_teacher_whom_demonstrations_leave(kind: Any):
+    """Else a control would differ in whom it teaches too, and say nothing of what was shown."""
+    every = [scores(0.0, 0.0, 1.0), scores(0.0, 0.0, 0.0), scores(1.0, 1.0, 0.0)]
+    rollouts = [rollout for problem in PROBLEMS[:3] for rollout in group(problem, ["x", "y", "z"])]
+    verdicts = [verdict for each in every for verdict in each]
+    shown = made(config(), rollouts, verdicts)
+    controlled = made(config(kind=kind, of="demonstration"), rollouts, verdicts)
+    assert [one is None for one in controlled] == [one is None for one in shown]
+    assert [one is None for one in shown] == [False, False, True, True, True, True, False, False, False]
+    assert None not in made(config(kind=kind, of="answer"), rollouts, verdicts)
+
+
+def test_siblings_with_one_text_are_one_or_count_each():
+    rollouts, verdicts = group(PROBLEMS[0], ["a", "a", "b", "a", "x"]), scores(1.0, 1.0, 1.0, 1.0, 0.0)
+    one = made(config(count=4), rollouts, verdicts)
+    assert [sorted(all_texts(p)) for p in one] == [["a", "b"]] * 2 + [["a"]] + [["a", "b"]] * 2
+    each = made(config(count=4, distinct=False), rollouts, verdicts)
+    assert [sorted(all_texts(p)) for p in each] == [["a", "a", "b"]] * 2 + [["a"] * 3] + [["a", "a", "b"]] + [
+        ["a", "a", "a", "b"]]  # fmt: skip
+    near = made(config(choose="nearest", distinct=False), rollouts, verdicts)
+    assert texts(near) == ["a", "a", "a", "a", "a"], "another that wrote the same is the nearest"
+    alone = made(config(choose="nearest", distinct=False), rollouts[2:3], verdicts[2:3])
+    assert texts(alone) == [None], "but never the rollout itself"
+    shares = {k: 0 for k in "ab"}
+    for problem in PROBLEMS:
+        drawn = made(config(choose="random", distinct=False), group(problem, ["a", "a", "a", "b", "x"]), verdicts)
+        shares[texts(drawn)[4]] += 1
+    assert shares["a"] > shares["b"] > 0
 
 
 def test_the_longest_prompt_counts_what_rollouts_will_write():

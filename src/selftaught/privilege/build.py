@@ -8,7 +8,15 @@ from dataclasses import replace
 from typing import Protocol
 
 from selftaught.errors import UserError
-from selftaught.privilege.config import PrivilegeConfig, control, differs, evidence, has_any, pieces
+from selftaught.privilege.config import (
+    PrivilegeConfig,
+    control,
+    demonstration_of,
+    differs,
+    evidence,
+    has_any,
+    pieces,
+)
 from selftaught.privilege.demonstrations import demonstrations
 from selftaught.records import Privilege, Problem, Prompt, Rollout, Verdict
 
@@ -52,6 +60,7 @@ def build(
         groups.setdefault(rollout.problem.id, []).append(index)
     parts = pieces(config)
     found: list[Found] = [[] for _ in rollouts]
+    without: set[int] = set()
     for identity, members in groups.items():
         key = _key(seed, step, identity)
         shared = _own(config, rollouts[members[0]].problem, problems, key)
@@ -64,8 +73,11 @@ def build(
                 texts = [[verdicts[index].feedback or ""] for index in members]
             for index, own in zip(members, texts, strict=True):
                 found[index].append(own)
+        if config.kind in CONTROLS and config.of == "demonstration":
+            without.update(_without_success(config, [(rollouts[i], verdicts[i]) for i in members], members, key))
     carrier = _Carrier(config, renderer, room)
-    return [carrier.carry(rollout.problem, texts) for rollout, texts in zip(rollouts, found, strict=True)]
+    return [None if index in without else carrier.carry(rollout.problem, found[index])
+            for index, rollout in enumerate(rollouts)]
 
 
 def for_problems(
@@ -150,6 +162,13 @@ def describe(privileges: Sequence[Privilege | None]) -> dict[str, float]:
     return metrics
 
 
+def _without_success(config: PrivilegeConfig, group: Sequence[tuple[Rollout, Verdict]], members: Sequence[int],
+                     key: str) -> list[int]:
+    """The members that a demonstration would leave without a teacher: a control must change what is shown, not whom."""
+    part = demonstration_of(config)
+    return [index for index, texts in zip(members, demonstrations(part, group, 1, key), strict=True) if not texts]
+
+
 def _key(seed: int, step: int, identity: str) -> str:
     return f"{seed}/{step}/{identity}"
 
@@ -220,19 +239,19 @@ class _Carrier:
         several = max((len(texts) for texts in found), default=0)
         split = [texts if part.kind == "demonstration" else texts * several
                  for part, texts in zip(self._parts, found, strict=True)]  # fmt: skip
-        contexts = [tuple((number, texts[k]) for number, texts in enumerate(split) if k < len(texts))
-                    for k in range(several)]  # fmt: skip
-        return tuple(dict.fromkeys(contexts))
+        return tuple(tuple((number, texts[k]) for number, texts in enumerate(split) if k < len(texts))
+                     for k in range(several))  # fmt: skip
 
     def _make(self, problem: Problem, contexts: tuple[Shown, ...]) -> Privilege | None:
         if self._config.kind == "empty":
             plain = self._config.thinking is None
             return Privilege("empty", "", self._renderer.prompt(problem) if plain else self.prompt(problem, ()))
-        made: dict[tuple[int, ...], Privilege] = {}
-        for shown in filter(None, contexts):
+        distinct = all(part.distinct for part in self._parts)
+        made: dict[object, Privilege] = {}
+        for number, shown in enumerate(filter(None, contexts)):
             one = self._one(problem, shown)
             if one is not None:  # two that differ only in what was cut away are one
-                made.setdefault(one.prompt.token_ids, one)
+                made.setdefault(one.prompt.token_ids if distinct else number, one)
         if not made:
             return None
         first, *others = made.values()

@@ -41,8 +41,12 @@ class Evidence(Section):
         "longest common subsequence of words and signs, thinking aside"
     )  # fmt: skip
     exclude_self: bool = Field(
-        True, description="demonstration: never the rollout itself, and with nearest no sibling with its very text"
+        True, description="demonstration: never the rollout itself; with nearest and distinct, nor its very text"
     )
+    distinct: bool = Field(
+        True, description="demonstration: siblings with one text are one; false: each counts as it was sampled, so "
+        "that what most of them did is shown most"
+    )  # fmt: skip
     strip_thinking: bool = Field(True, description="demonstration: without <think>...</think>")
     threshold: float | None = Field(
         None, description="demonstration: a sibling succeeded from this score on; empty: where its status is right"
@@ -76,7 +80,8 @@ class PrivilegeConfig(Evidence):
 
     One kind, or `parts`: several in one block in the order given, under one budget. `wrong` (the privilege of a problem
     with another answer), `other_problem` (the privilege of any other problem) and `empty` are controls, of a kind or of
-    parts. They change the query's block alone: the shots keep their true privilege (`empty`: none).
+    parts. They change the query's block alone: the shots keep their true privilege (`empty`: none), and a rollout whose
+    siblings all failed goes without a teacher under a control `of: demonstration` as it does under demonstrations.
     """
 
     kind: Kind = Field("answer", description="what the teacher is shown; `parts` where those are given")
@@ -93,7 +98,7 @@ class PrivilegeConfig(Evidence):
     on_overflow: Literal["error", "drop", "trim"] = Field(
         "trim", description="evidence over a limit: stop, go without a privilege, or cut its end and mark the cut"
     )
-    count: int = Field(1, ge=1, le=64, description="demonstration: how many different ones, or as many as there are")
+    count: int = Field(1, ge=1, le=64, description="demonstration: how many, or as many as there are")
     combine: Literal["average", "mixture", "together"] = Field(
         "average", description="of several demonstrations: a teacher for each, their losses averaged or their "
         "probabilities mixed; or one teacher that sees them together"
@@ -148,8 +153,16 @@ def pieces(config: PrivilegeConfig) -> tuple[Part, ...]:
     """The parts of the block in order; one for a single kind, none for `empty`."""
     if config.kind == "empty" or config.parts:
         return () if config.kind == "empty" else config.parts
-    shared = {name: getattr(config, name) for name in Evidence.model_fields if name != "kind"}
-    return (Part(kind=config.base, **shared),)
+    return (_single(config, config.base),)
+
+
+def demonstration_of(config: PrivilegeConfig) -> Part:
+    """The demonstration that a control is a control of."""
+    return _single(config, "demonstration")
+
+
+def _single(config: PrivilegeConfig, kind: str) -> Part:
+    return Part(**{name: getattr(config, name) for name in Evidence.model_fields} | {"kind": kind})
 
 
 def control(config: PrivilegeConfig, kind: Control) -> PrivilegeConfig:

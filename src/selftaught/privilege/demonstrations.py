@@ -16,7 +16,7 @@ WORD = re.compile(r"[A-Za-z]+|[0-9]+|\S")  # outside of ASCII every sign is a wo
 def demonstrations(
     part: Evidence, group: Sequence[tuple[Rollout, Verdict]], count: int, key: str
 ) -> list[list[str]]:
-    """For each rollout of one problem, up to `count` different texts of siblings that succeeded, best choice first.
+    """For each rollout of one problem, up to `count` texts of siblings that succeeded, best choice first.
 
     One ranking serves the whole group (but for `nearest`), so that all its failures share one demonstration and hence
     one prompt. `nearest` costs O(G S L^2 / 64) for G rollouts, S successes and L words: 64 pairs of 2000 words take
@@ -28,10 +28,10 @@ def demonstrations(
         own = _shown(part, rollout)
         texts = [text for sample, text in ranked if not (part.exclude_self and sample == rollout.sample)]
         if part.choose == "nearest":
-            texts = [text for text in texts if not (part.exclude_self and text == own)]
+            texts = [text for text in texts if not (part.exclude_self and part.distinct and text == own)]
             likeness = {text: similarity(own, text) for text in texts}
             texts.sort(key=lambda text: -likeness[text])
-        out.append(list(dict.fromkeys(texts))[:count])
+        out.append((list(dict.fromkeys(texts)) if part.distinct else texts)[:count])
     return out
 
 
