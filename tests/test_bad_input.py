@@ -67,8 +67,6 @@ RECIPES = {
     "weight at its end": ("method={name: gkd, weight: 1}", "weight = 1: must be between 0 and 1; at the ends choose"),
     "blend above 1": ("method={name: demopsd, alpha_max: 1.5}", "alpha_max = 1.5: must be in [0, 1]"),
     "trim of everything": ("method={name: dopd, trim: 1}", "trim = 1: must be in [0, 1)"),
-    "schedules that overlap": ("method={name: sdpg, steps: 300}", "beta_warmup = 50 and beta_decay = 350 overlap "
-                               "within steps = 300, and beta is never reached; lower them, or raise steps"),
     "decay before the beginning": ("method={name: rlsd, lam_decay: -5}", "lam_decay = -5: must be a whole number in "),
     "infinite temperature": ("method={name: opsd, temperature: .inf}", "temperature = inf: must be in (0, inf)"),
     "half a top_k": ("method={name: sdpo, top_k: 1.5}", "top_k = 1.5: must be a whole number in [1, inf), or"),

@@ -13,6 +13,7 @@ from torch.autograd import gradcheck
 from torch.distributions import Categorical, kl_divergence
 
 from selftaught.loss import (
+    chunked,
     chunked_loss,
     clipped_kl,
     clipped_loss,
@@ -394,6 +395,30 @@ def test_a_view_that_nobody_reads_is_never_projected() -> None:
     assert torch.isfinite(chunked_loss(own_alone, hidden, heads, tokens, credit, weight).loss)
     with pytest.raises(RuntimeError):
         chunked_loss(forward_kl, hidden, heads, tokens, credit, weight)
+
+
+def test_of_a_view_only_the_rows_that_somebody_takes_are_projected(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, heads, tokens, credit, weight = head_case()
+    whole = chunked_loss(forward_kl, hidden, heads, tokens, {**credit, "scale": (tokens > 2) * 1.0}, weight, chunk=4)
+    projected = list[int]()
+
+    def counting(states: Tensor, head: Head) -> Tensor:
+        projected.append(len(states))
+        return project(states, head)
+
+    def some(student: TokenDist, views: Mapping[str, TokenDist], part: Credit) -> TokenLoss:
+        rows = student.tokens > 2
+        found = kl(views["teacher"][rows].log_probs, student[rows].log_probs)
+        return TokenLoss(torch.zeros_like(student.at_sampled).masked_scatter(rows, found))
+
+    monkeypatch.setattr(chunked, "project", counting)
+    part = chunked_loss(some, hidden, heads, tokens, credit, weight, chunk=4)
+    torch.testing.assert_close(part.loss, whole.loss)
+    assert 0 < sum(projected) == int((tokens > 2).sum()) < len(tokens)
+    dist = TokenDist(lambda: pytest.fail("the whole was not asked for"), tokens, 2.0,
+                     lambda rows: project(hidden["teacher"][rows], heads["teacher"]))
+    expected = (project(hidden["teacher"], heads["teacher"]) / 0.5).log_softmax(-1)[tokens > 2]
+    torch.testing.assert_close(dist.at(0.5)[tokens > 2].log_probs, expected)
 
 
 def test_a_loss_that_does_not_depend_on_the_student_has_gradient_zero() -> None:

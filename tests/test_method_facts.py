@@ -296,6 +296,19 @@ def test_sdpg_s5_the_published_schedule_is_a_triangle() -> None:
     assert trapezoid(0.3, 0, 0, 0, 400) == 0.3
     batch, logits = make_case(step=25)
     assert objective("sdpg", batch, logits).credit["beta"].unique().tolist() == pytest.approx([5e-4])
+    short = objective("sdpg", batch, logits, steps=100).credit["beta"]  # rise and fall overlap: a lower peak
+    assert short.unique().tolist() == pytest.approx([1e-3 * (25 / 50) * (75 / 350)])
+
+
+@pytest.mark.parametrize("silent", [{"beta": 0.0}, {"beta_warmup": 50, "step": 0}], ids=str)
+def test_sdpg_without_a_teachers_term_is_grpo_also_where_the_teacher_bans_a_token(silent: dict[str, Any]) -> None:
+    """0 times an infinite divergence is NaN, unless nobody takes it."""
+    batch, logits = make_case(step=silent.get("step", 60))
+    teacher = logits["teacher"].clone()
+    teacher[:, 0] = -torch.inf
+    fields = {name: value for name, value in silent.items() if name != "step"}
+    out = objective("sdpg", batch, {**logits, "teacher": teacher}, alpha=0.0, **fields)
+    assert close(out.token_loss, objective("grpo", batch, logits, eps_low=None, eps_high=None).token_loss)
 
 
 def test_sdpg_s6_the_floor_of_kl_of_student_to_teachers_is_not_the_mutual_information() -> None:

@@ -63,12 +63,14 @@ class TokenDist:
     """Lazy next-token distributions under one view.
 
     `logits` is (n, V) or a function that makes it, called at most once: a view whose vocabulary is never
-    touched is never projected. Everything is in float32, or in float64 for float64 logits. The temperature
-    divides the logits; `at` replaces it.
+    touched is never projected. With `some`, which makes the logits of given rows, nor are rows that nobody takes.
+    Everything is in float32, or in float64 for float64 logits. The temperature divides the logits; `at` replaces it.
     """
 
-    def __init__(self, logits: Tensor | Callable[[], Tensor], tokens_n: Tensor, temperature: float = 1.0) -> None:
+    def __init__(self, logits: Tensor | Callable[[], Tensor], tokens_n: Tensor, temperature: float = 1.0,
+                 some: Callable[[Tensor], Tensor] | None = None) -> None:
         self._logits = logits
+        self._some = some
         self.tokens = tokens_n
         self.temperature = temperature
 
@@ -108,11 +110,14 @@ class TokenDist:
         """The same logits at another temperature."""
         if temperature == self.temperature:
             return self
-        return TokenDist(lambda: self._raw, self.tokens, temperature)
+        return TokenDist(lambda: self._raw, self.tokens, temperature, self._raw_of)
+
+    def _raw_of(self, rows: Tensor) -> Tensor:
+        return self._raw[rows] if self._some is None or "_raw" in self.__dict__ else self._some(rows)
 
     def __getitem__(self, rows: Tensor) -> TokenDist:
         """The distributions of some of the tokens, by mask or index."""
-        part = TokenDist(lambda: self._raw[rows], self.tokens[rows], self.temperature)
+        part = TokenDist(lambda: self._raw_of(rows), self.tokens[rows], self.temperature)
         if "log_probs" in self.__dict__:
             part.log_probs = self.log_probs[rows]
         return part

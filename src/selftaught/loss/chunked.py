@@ -141,11 +141,12 @@ def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mappin
 
 def _view(hidden: Mapping[str, Tensor], name: str, rows: slice, head: Head, tokens_n: Tensor,
           temperature: float) -> TokenDist:
-    def logits() -> Tensor:
+    def logits(some: Tensor | None = None) -> Tensor:
         with torch.no_grad():
-            return project(hidden[name][rows].detach(), head)
+            states = hidden[name][rows].detach()
+            return project(states if some is None else states[some], head)
 
-    return TokenDist(logits, tokens_n, temperature)
+    return TokenDist(logits, tokens_n, temperature, logits)
 
 
 def _accumulate(grads: _Gradients, weight: bool, rows: slice, grad_nV: Tensor, h32: Tensor, weight32: Tensor) -> None:

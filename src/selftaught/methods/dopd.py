@@ -59,7 +59,7 @@ class DOPD:
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         credit = base_credit(batch, needs_privilege=True)
         teacher, student = logp["teacher"], logp["privileged_student"]
-        return {**credit, "route": routes(teacher, student, credit["counted"], self.trim)}
+        return {**credit, "route": routes(teacher, student, credit["counted"], self.trim), "teacher": teacher}
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         loss = torch.zeros_like(student.at_sampled)
@@ -73,5 +73,5 @@ class DOPD:
             own, theirs = student[rows].log_probs, views[source][rows].log_probs
             part = js(theirs, own) if route == 2 else kl(*with_tail(self.top_k, own, theirs))
             loss = loss.masked_scatter(rows, scale * part)
-        gap = evidence(views["teacher"].at_sampled, student.at_sampled).detach()
+        gap = evidence(credit["teacher"], student.at_sampled).detach()  # the view's own has rows that no route takes
         return TokenLoss(loss, {**shares, "gap": gap})

@@ -47,7 +47,9 @@ def objective(name: str, batch: TokenBatch, logits: Mapping[str, Tensor], *, red
                                               sampler_cap=sampler_cap, dtype=logp["student"].dtype)
     out = method.loss(student, views, credit)
     token_loss = out.loss * correction
-    return Objective((masked(token_loss, weight) * weight).sum(), token_loss, credit, out.metrics)
+    with torch.no_grad():
+        seen = {"entropy": student.entropy(), "logp": student.at_sampled.detach(), **out.metrics}
+    return Objective((masked(token_loss, weight) * weight).sum(), token_loss, credit, seen)
 
 
 def chunked_objective(name: str, batch: TokenBatch, hidden: Mapping[str, Tensor],

@@ -46,7 +46,7 @@ class SDPG:
     beta: float = 1e-3  #: weight of KL(S||T) at its highest
     beta_warmup: int = 50  #: steps in which beta_k rises to beta; 0: it begins there
     beta_decay: int = 350  #: last steps of `steps`, in which beta_k falls to 0; 0: it does not
-    steps: int = 400  #: length of that schedule
+    steps: int = 400  #: length of that schedule; where rise and fall overlap, beta_k stays below beta
     alpha: float = 1e-3  #: weight of the KL to the reference
     reference_kl: str = "urkl"  #: urkl or rkl, of KL(S||ref); ufkl or fkl, of KL(ref||S)
     gate: str = "positive"  #: positive: the teacher speaks where A > 0; all: everywhere
@@ -63,9 +63,6 @@ class SDPG:
         require(self, beta="[0, inf)", alpha="[0, inf)", beta_warmup="int [0, inf)", beta_decay="int [0, inf)",
                 steps="int [1, inf)", reference_kl=f"one of {', '.join(REFERENCE_KLS)}", gate="one of positive, all",
                 **CLIP, dual_clip=DUAL_CLIP)
-        if self.beta_warmup + self.beta_decay > self.steps:
-            raise ValueError(f"beta_warmup = {self.beta_warmup} and beta_decay = {self.beta_decay} overlap within "
-                             f"steps = {self.steps}, and beta is never reached; lower them, or raise steps")
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         advantage = broadcast(group_advantage(batch), batch)
@@ -79,14 +76,14 @@ class SDPG:
                 "beta": torch.full_like(advantage, beta, dtype=torch.float64)}
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
-        logp, old, teacher = student.at_sampled, credit.get("logp_old"), views["teacher"]
+        logp, old = student.at_sampled, credit.get("logp_old")
         clip = clipped_loss(logp, old, credit["advantage"], eps_low=self.eps_low, eps_high=self.eps_high,
                             dual_clip=self.dual_clip)
-        on = credit["gate"] > 0
-        part = kl(student[on].log_probs, teacher[on].log_probs)  # no vocabulary where the gate is shut
-        pull = torch.zeros_like(clip.loss).masked_scatter(on, part.to(clip.loss.dtype))
+        on = (credit["gate"] > 0) & (credit["beta"] > 0)
+        own, teacher = student[on], views["teacher"][on]  # no vocabulary of the teacher where it has no say
+        pull, gap = (torch.zeros_like(logp).masked_scatter(on, part.to(logp.dtype)) for part in (
+            kl(own.log_probs, teacher.log_probs), evidence(teacher.at_sampled, own.at_sampled).detach()))
         penalty = reference_penalty(self.reference_kl, logp, views["reference"].at_sampled)
         rho = importance_ratio(logp.detach(), old)
         loss = clip.loss + rho * (credit["beta"].to(pull.dtype) * pull + self.alpha * penalty)
-        gap = evidence(teacher.at_sampled, logp).detach()
         return TokenLoss(loss, {**clip.metrics, "gap": gap, "kl": pull.detach(), "reference_kl": penalty.detach()})
