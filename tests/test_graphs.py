@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections import deque
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from selftaught.data.graphs import Layout, draw, prompt
 from selftaught.data.instances import INSTANCES, SHAPES
 from selftaught.errors import UserError
 from selftaught.run import load_run
-from selftaught.studies.graphs import base, measures, pcmi, verify
+from selftaught.studies.graphs import base, claims, measures, pcmi, verify
 from selftaught.studies.graphs.arms import ARMS, CORE, PAPER, SMALL, arms, sources_of_sets
 
 PAPERS = Layout()
@@ -326,15 +327,60 @@ def test_over_seeds_gives_mean_and_range() -> None:
         "a": {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 2}, "b": {"mean": 5.0, "low": 5.0, "high": 5.0, "n": 1}}
 
 
-def test_every_claim_names_arms_that_exist_and_can_hold_and_fail() -> None:
-    def sets(p: float, effective: float, solved: float, rise: float) -> dict[str, dict[str, float]]:
-        one = {"pass@1": p, "pass@8": p + rise, "effective": effective, "solved": solved}
-        return dict.fromkeys(("in", "larger-8", "harder", "harder-random"), one)
+def one_table(p: float, rise: float, concepts: float, solved: float, problems: int = 40, first: int = 0) -> Any:
+    """A table whose every problem has these values, give or take a little."""
+    noise = np.random.default_rng(0).normal(0, 1e-3, size=(problems, 4))
+    return list(range(first, first + problems)), list(claims.NAMES), noise + np.array([p, rise, concepts, solved])
 
-    low, high = sets(0.5, 1.0, 0.1, 0.0), sets(0.9, 2.0, 0.9, 0.1)
-    for sentence, one, other, holds in measures.claims("larger-8"):
-        assert {one, other} <= {*ARMS}
-        assert holds(low, high) != holds(high, low), sentence
+
+def test_every_claim_names_arms_that_exist_and_can_hold_and_be_reversed() -> None:
+    low, high = one_table(0.2, 0.1, 1.0, 0.1), one_table(0.9, 0.4, 2.0, 0.9)
+    every = [*claims.CLAIMS, *claims.fixes()]
+    assert {claim.more.arm for claim in every} | {claim.less.arm for claim in every} == {*ARMS}
+    for claim in every:
+        for more, less, wanted in ((high, low, "| 1 | 0 | 0 |"), (low, high, "| 0 | 1 | 0 |")):
+            tables: dict[str, Any] = {}
+            for side, one in ((claim.more, more), (claim.less, less)):
+                test = "larger-8" if side.test == claims.LONGEST else side.test
+                tables.setdefault(side.arm, {}).setdefault("0", {})[test] = one
+            (line,) = list(claims.lines([claim], tables, "larger-8"))[2:]
+            assert line.endswith(wanted), claim.text
+
+
+def test_a_claim_is_not_decided_by_noise_and_one_without_its_sets_is_left_out() -> None:
+    claim = claims.Claim("more", claims.Side("a", "pass@1"), claims.Side("b", "pass@1"))
+    rng = np.random.default_rng(1)
+    noise = [(list(range(60)), list(claims.NAMES), rng.normal(0.5, 0.2, size=(60, 4))) for _ in range(2)]
+    tables = {"a": {"0": {"in": noise[0]}, "1": {}}, "b": {"0": {"in": noise[1]}, "1": {"in": noise[1]}}}
+    assert list(claims.lines([claim], tables, "larger-8"))[2].endswith("| 0 | 0 | 1 |")
+    assert len(list(claims.lines([claim], {"a": tables["a"]}, "larger-8"))) == 2
+    near = claims.Claim("near", claims.Side("a", "pass@1"), claims.Side("b", "pass@1"), margin=0.3)
+    assert list(claims.lines([near], tables, "larger-8"))[2].endswith("| 1 | 0 | 0 |")
+
+
+def test_differences_are_paired_on_one_set_and_of_two_sets_have_the_width_of_both() -> None:
+    rng = np.random.default_rng(2)
+    values = rng.normal(0.5, 0.2, size=(400, 4))
+    one = (list(range(400)), list(claims.NAMES), values + 0.1)
+    same, other = ((list(range(start, start + 400)), list(claims.NAMES), values) for start in (0, 400))
+    paired, apart = claims.difference(one, same, "solved"), claims.difference(one, other, "solved")
+    assert paired is not None and apart is not None
+    assert (paired["value"], apart["value"]) == pytest.approx((0.1, 0.1)) and paired["high"] - paired["low"] < 1e-9
+    wanted = 2 * 1.96 * 2**0.5 * values[:, 3].std() / 20
+    assert apart["high"] - apart["low"] == pytest.approx(wanted, rel=0.1)
+
+
+def test_the_table_of_a_set_is_its_problems_measures() -> None:
+    rows = made_rows(0)
+    for row in rows:
+        row["strategy"] = row["strategy"] or ("birds" if row["status"] == "right" else None)
+    problems, names, values = claims.table(rows)
+    whole = measures.measure(rows)
+    assert problems == list(range(6)) and names == list(claims.NAMES)
+    p, rise, effective, solved = values.T
+    assert p.mean() == pytest.approx(whole["pass@1"]) and (p + rise).mean() == pytest.approx(whole["pass@8"])
+    assert np.isnan(effective[0]) and np.nanmean(effective) == pytest.approx(whole["effective"])
+    assert solved.mean() == whole["solved"]
 
 
 # The base stage and what the theory says of it.
@@ -443,8 +489,10 @@ def test_every_arm_is_a_run_of_either_recipe(recipe: str, name: str) -> None:
         fields = run.method.fields
         assert fields["divergence"] == ("kl_teacher_student" if name == "sdsd-forward" else "kl_student_teacher")
         assert run.privilege is not None and run.privilege.kind == "demonstration" and run.privilege.exclude_self
-        several = {"sdsd-mixture": (3, "mixture"), "sdsd-average": (3, "average")}.get(name, (1, "average"))
+        several = {"sdsd-mixture": (3, "mixture"), "sdsd-average": (3, "average"),
+                   "sdsd-different": (3, "mixture")}.get(name, (1, "average"))
         assert (run.privilege.count, run.privilege.combine) == several
+        assert run.privilege.distinct == (name not in ("sdsd-mixture", "sdsd-average", "sdsd-nearest"))
 
 
 def test_the_papers_recipe_holds_the_papers_numbers() -> None:

@@ -38,7 +38,7 @@ def test_every_arm_of_the_smoke_run_takes_a_real_step(name: str, smoke: Path) ->
     if not name.startswith("grpo"):
         assert all(step["privilege/missing"] < 1 for step in taken)
     teachers = [step.get("privilege/teachers", 1.0) for step in taken]
-    assert (max(teachers) > 1) == (name in ("sdsd-mixture", "sdsd-average"))
+    assert (max(teachers) > 1) == (name in ("sdsd-mixture", "sdsd-average", "sdsd-different"))
 
 
 def test_arms_differ_by_their_own_update_alone(smoke: Path) -> None:
@@ -65,7 +65,8 @@ def test_tables_and_page_say_what_the_completions_say(smoke: Path) -> None:
     found = measures["sdsd"]["0"]["in"]
     row = next(line for line in table.splitlines() if line.startswith("| sdsd |"))
     assert row.split(" | ")[1:3] == [f"{found['pass@1']:.3f}", f"{found['pass@4']:.3f}"]
-    assert "in 1 of 1 seeds" in table or "in 0 of 1 seeds" in table
+    claimed = [line for line in table.splitlines() if line.startswith("| SDSD uses fewer concepts")]
+    assert len(claimed) == 1 and "sdpo: pass@1 not below" in table and "### token entropy" in table
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     assert [base64.b64decode(image) for image in images] == [
         (smoke / f"{name}.png").read_bytes() for name in ("passk", "training", "tradeoff")]
@@ -98,11 +99,43 @@ def test_a_stopped_arm_goes_on_from_its_checkpoint_to_the_same_weights(smoke: Pa
     assert "resumed after step 1" in (smoke / "sdsd-mixture-0.log").read_text()
 
 
-def test_failed_parts_are_named_and_what_is_done_stands_in_the_table(smoke: Path) -> None:
-    with pytest.raises(UserError, match=r"2 of 2 parts failed \(base: .*; grpo-7: optim.steps") as told:
-        study.run(smoke, lambda text: None, only=("grpo",), seeds=(7,), smoke=True,
-                  overrides=(*QUICK, "optim.steps=-1"))  # fmt: skip
+def test_failed_parts_are_named_and_what_is_done_stands_in_the_table(
+        smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(job: study.Job, console: object) -> None:
+        raise UserError("no room")
+
+    monkeypatch.setattr(study, "do", fails)
+    with pytest.raises(UserError, match=r"2 of 2 parts failed \(base: no room; grpo-7: no room") as told:
+        study.run(smoke, lambda text: None, only=("grpo",), seeds=(7,), smoke=True, overrides=QUICK)
     assert "table.md" in str(told.value) and "| base |" in (smoke / "table.md").read_text()
+
+
+def test_a_part_that_was_stopped_between_two_sets_leaves_the_others_their_table(
+        smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = (smoke / "table.md").read_text()
+    lost = smoke / "sdsd-0" / "tests" / "harder.jsonl"
+    kept = lost.rename(lost.with_suffix(".kept"))
+    monkeypatch.setattr(study, "do", lambda job, console: None)
+    study.run(smoke, lambda text: None, only=("rlsd",), seeds=(0,), smoke=True, overrides=QUICK)
+    table = (smoke / "table.md").read_text()
+    assert "| sdsd |" in table and "solves fewer of the harder" in whole and "solves fewer of the harder" not in table
+    kept.rename(lost)
+
+
+def test_a_folder_made_with_other_settings_is_refused_and_a_further_command_keeps_what_stands_there(
+        smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"another .*recipe\.optim.*; give the same settings"):
+        study.run(smoke, lambda text: None, only=("grpo",), smoke=True, overrides=(*QUICK, "optim.steps=3"))
+    monkeypatch.setattr(study, "do", lambda job, console: None)
+    study.run(smoke, lambda text: None, only=("grpo",), seeds=(0,), smoke=True, overrides=QUICK)
+    assert [*json.loads((smoke / "measures.json").read_text())] == ["base", *ARMS]
+
+
+def test_without_matplotlib_the_tables_are_written_and_say_so(smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, tables = study.collect(smoke)
+    monkeypatch.setattr(page, "find_spec", lambda name: None)
+    assert "selftaught[plots]" in page.write(smoke, found, tables, study.plan_of(True, QUICK))
+    assert "<img" not in (smoke / "page.html").read_text()
 
 
 def test_a_recipe_of_another_model_needs_no_base_stage(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 Runs are processes of the command line, some at a time, each in a folder of its own; what is finished is not run again,
 and what the first run of a seed measured before training the others take over.
 The self-taught methods in CONTROLLED are also run with an empty and with a wrong privilege: where those do as well, the
-gain is not the teacher's. The table is made from saved completions alone.
+gain is not the teacher's. They teach the same rollouts as the right one does; what is wrong is another problem's
+solution or answer, also where the right privilege is a sibling's text. SDPG's empty arm has no teacher's term at all.
+The other model that opd, gkd and dopd learn from is the first seed's `grpo` run, for all seeds; a seed draws its own
+problems, so in other seeds it may have trained on some of the held-out ones. The table is made from saved files alone.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ ARMS = ("right", "empty", "wrong")
 SHOWN = ("pass@1", "pass@8")
 SMOKE = ("optim.steps=2", "data.heldout=8", "eval.every=null", "checkpoint.every=1")
 DID = "method/"  # metrics with this prefix say what a method did
-
+ALSO = ("teacher/gap_abs", "masked", "privilege/missing")  # and so do these, where a teacher was shown anything
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def _did(folder: Path) -> dict[str, float]:
     """The means over all steps of what the method measured of itself."""
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     values: dict[str, list[float]] = {}
-    for name, value in (pair for step in steps for pair in step.items() if pair[0].startswith(DID)):
+    for name, value in (pair for step in steps for pair in step.items() if pair[0].startswith(DID) or pair[0] in ALSO):
         values.setdefault(name.removeprefix(DID), []).append(value)
     return {name: statistics.fmean(each) for name, each in values.items()}
 

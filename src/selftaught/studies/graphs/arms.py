@@ -10,6 +10,9 @@ from selftaught.errors import UserError, nearest
 
 REWARDS = ('reward={workers: 1, parts: [{name: "selftaught.studies.graphs.verify:path", batch: true}, '
            '{name: "selftaught.studies.graphs.verify:diversity", batch: true, weight: 0.5}]}')
+# A small graph has two right walks. As different texts, one that was sampled seven times would count as much as one
+# that was sampled once, and every rollout's nearest sibling would be one that went the other way.
+AS_SAMPLED = "privilege.distinct=false"
 SMALL, PAPER = "graphs/small", "graphs/qwen3-1.7b"
 BASE = "base"
 
@@ -29,13 +32,16 @@ CORE: Mapping[str, Recipe] = {
                              ("method=grpo", "privilege=null", REWARDS)),
     "sdsd": Recipe("KL(S||T), T shown a sampled sibling", ()),
     "sdsd-mixture": Recipe("KL(S||T), T a mixture of up to 3 teachers, each shown another sibling",
-                           ("privilege.count=3", "privilege.combine=mixture")),
+                           ("privilege.count=3", "privilege.combine=mixture", AS_SAMPLED)),
 }  # fmt: skip
 FURTHER: Mapping[str, Recipe] = {
     "sdsd-average": Recipe("mean of KL(S||T_k) over up to 3 teachers, each shown another sibling",
-                           ("privilege.count=3", "privilege.combine=average")),
+                           ("privilege.count=3", "privilege.combine=average", AS_SAMPLED)),
+    "sdsd-different": Recipe("as sdsd-mixture, but siblings with one text are one: the rarer walk weighs as much",
+                             ("privilege.count=3", "privilege.combine=mixture")),
     "sdsd-forward": Recipe("KL(T||S), T shown a sampled sibling", ("method.divergence=kl_teacher_student",)),
-    "sdsd-nearest": Recipe("KL(S||T), T shown the sibling most like the rollout", ("privilege.choose=nearest",)),
+    "sdsd-nearest": Recipe("KL(S||T), T shown the sibling most like the rollout, also one with its very text",
+                           ("privilege.choose=nearest", AS_SAMPLED)),
     "sdpo": Recipe("SDPO's JS, T shown the first sibling that succeeded",
                    ("method.divergence=js", "privilege.choose=first")),
     "rlsd": Recipe("RLSD on a sampled sibling; its weights do not decay", ("method={name: rlsd, lam_decay: null}",)),

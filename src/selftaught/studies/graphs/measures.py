@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from selftaught.eval.measures import is_right, pass_at_k
@@ -80,44 +80,3 @@ def over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float
         values = [run[name] for run in runs if name in run]
         found[name] = {"mean": statistics.fmean(values), "low": min(values), "high": max(values), "n": len(values)}
     return found
-
-
-# The paper's claims, each a comparison of two arms in one seed: measures by set, of the first and of the second.
-
-Sets = Mapping[str, Mapping[str, float]]
-NEAR = 0.03  # pass@1 within which two arms count as equal
-
-
-def claims(larger: str) -> list[tuple[str, str, str, Callable[[Sets, Sets], bool]]]:
-    """(sentence, arm, other arm, does it hold in this seed); `larger` is the longer of the larger sets."""
-    def fewer(one: Sets, two: Sets) -> bool:
-        return one["in"].get("effective", 1.0) < two["in"].get("effective", 1.0)
-
-    def keeps(one: Sets, two: Sets) -> bool:
-        return fewer(two, one) and one["in"]["pass@1"] >= two["in"]["pass@1"] - NEAR
-
-    def rises(sets: Sets, name: str) -> float:
-        ks = [int(key.removeprefix("pass@")) for key in sets[name] if key.startswith("pass@")]
-        return sets[name][f"pass@{max(ks)}"] - sets[name]["pass@1"]
-
-    return [
-        ("SDSD uses fewer concepts than GRPO", "sdsd", "grpo", fewer),
-        (f"SDSD's pass@1 is not below GRPO's by more than {NEAR}", "sdsd", "grpo",
-         lambda one, two: one["in"]["pass@1"] >= two["in"]["pass@1"] - NEAR),
-        ("SDSD's pass@1 on the larger graphs is above GRPO's", "sdsd", "grpo",
-         lambda one, two: one[larger]["pass@1"] > two[larger]["pass@1"]),
-        ("SDSD's pass@k is flatter than GRPO's on the larger graphs", "sdsd", "grpo",
-         lambda one, two: rises(one, larger) < rises(two, larger)),
-        ("SDSD solves fewer of the harder graphs than GRPO, with all samples", "sdsd", "grpo",
-         lambda one, two: one["harder"]["solved"] < two["harder"]["solved"]),
-        ("SDSD solves more where the cut is random: it fails by what it prefers", "sdsd", "sdsd",
-         lambda one, two: one["harder-random"]["solved"] > two["harder"]["solved"]),
-        ("GRPO + diversity uses more concepts than GRPO", "grpo-diversity", "grpo", lambda one, two: fewer(two, one)),
-        ("GRPO + diversity is worse than GRPO on the larger graphs (pass@1)", "grpo-diversity", "grpo",
-         lambda one, two: one[larger]["pass@1"] < two[larger]["pass@1"]),
-        ("Three averaged teachers use no more concepts than one", "sdsd-average", "sdsd",
-         lambda one, two: not fewer(two, one)),
-        *((f"{arm} keeps more concepts than SDSD at equal pass@1", arm, "sdsd", keeps)
-          for arm in ("grpo-diversity", "sdsd-mixture", "sdsd-average", "sdsd-forward", "sdsd-nearest", "sdpo", "rlsd",
-                      "sdpg", "demopsd")),
-    ]  # fmt: skip

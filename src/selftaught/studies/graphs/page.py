@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from selftaught.eval import read_rows
+from selftaught.studies.graphs import claims
 from selftaught.studies.graphs.arms import ARMS, BASE, SMALL, Arm
-from selftaught.studies.graphs.measures import by_problem, claims, concepts, ladder, over_seeds
+from selftaught.studies.graphs.claims import Tables
+from selftaught.studies.graphs.measures import by_problem, concepts, ladder, over_seeds
 from selftaught.studies.graphs.part import IN
 
 COLOURS = ("#6b7280", "#2563eb", "#16a34a", "#dc2626", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#65a30d", "#475569",
@@ -35,11 +39,17 @@ class Plan(Protocol):
     def samples(self) -> int: ...
 
 
-def write(out: Path, found: Found, plan: Plan) -> str:
-    """table.md, passk.png, training.png, tradeoff.png and page.html in `out`; returns the text of table.md."""
-    text = "\n".join(markdown(out, found, plan)) + "\n"
+def write(out: Path, found: Found, tables: Tables, plan: Plan) -> str:
+    """table.md, passk.png, training.png, tradeoff.png and page.html in `out`; returns the text of table.md.
+
+    Without matplotlib there are no pictures, and the tables say so.
+    """
+    text = "\n".join(markdown(out, found, tables, plan)) + "\n"
+    drawn = find_spec("matplotlib") is not None
+    if not drawn:
+        text += "\nPictures need matplotlib: pip install 'selftaught[plots]', then the same command again.\n"
     (out / "table.md").write_text(text, encoding="utf-8")
-    pictures = [path for path in (panels(out, found, plan), training(out, found), tradeoff(out, found)) if path]
+    pictures = [panels(out, found, plan), training(out, found), tradeoff(out, found)] if drawn else []
     (out / "page.html").write_text(page(text, pictures), encoding="utf-8")
     return text
 
@@ -47,7 +57,7 @@ def write(out: Path, found: Found, plan: Plan) -> str:
 # Tables.
 
 
-def markdown(out: Path, found: Found, plan: Plan) -> Iterator[str]:
+def markdown(out: Path, found: Found, tables: Tables, plan: Plan) -> Iterator[str]:
     """The tables and what they say of the paper's claims, as markdown."""
     sets = [IN, *(f"larger-{nodes}" for nodes in plan.larger), "harder", "harder-random"]
     seeds = max((len(runs) for name, runs in found.items() if name != BASE), default=0)
@@ -73,7 +83,8 @@ def markdown(out: Path, found: Found, plan: Plan) -> Iterator[str]:
             mean_of = over_seeds([run[each] for run in runs.values() if each in run])
             keys = [*(f"pass@{k}" for k in ks), "slope", "concepts", "concepts_all"]
             yield f"| {name} | " + " | ".join(_cell(mean_of, key) for key in keys) + " |"
-    yield from _claimed(found, f"larger-{max(plan.larger)}")
+    yield from _claimed(tables, f"larger-{max(plan.larger)}")
+    yield from _entropies(out, found)
     if plan.recipe == SMALL:
         yield from _theory(out, found)
     yield "\n### arms\n"
@@ -88,14 +99,24 @@ def _cell(mean: Mapping[str, Mapping[str, float]], key: str) -> str:
     return f"{one['mean']:.3f}{spread}"
 
 
-def _claimed(found: Found, larger: str) -> Iterator[str]:
-    """In how many seeds each claim holds whose two arms were both run."""
-    yield "\n### claims\n\n| claim | holds |\n| --- | --- |"
-    for sentence, one, other, holds in claims(larger):
-        shared = sorted({*found.get(one, {})} & {*found.get(other, {})})
-        if shared:
-            times = sum(holds(found[one][seed], found[other][seed]) for seed in shared)
-            yield f"| {sentence} | in {times} of {len(shared)} seeds |"
+def _claimed(tables: Tables, longest: str) -> Iterator[str]:
+    """What of the paper's claims holds, and what keeps concepts at which price."""
+    yield ("\n### claims\n\nA seed decides where the whole 95 % interval over its test problems is on one side; by "
+           "chance one in twenty would.\n")
+    yield from claims.lines(claims.CLAIMS, tables, longest)
+    yield "\n### fixes\n"
+    yield from claims.lines(list(claims.fixes()), tables, longest)
+
+
+def _entropies(out: Path, found: Found) -> Iterator[str]:
+    """Token entropy at the end of training beside concepts, of which it is no measure."""
+    yield "\n### token entropy\n\n| arm | nats, last tenth of training | in: effective concepts |\n| --- | --- | --- |"
+    for name, runs in found.items():
+        if name != BASE:
+            curves = [over_training(out / Arm(name, int(seed)).folder)[2] for seed in runs]
+            last = over_seeds([{"entropy": statistics.fmean(curve[-max(1, len(curve) // 10) :])} for curve in curves])
+            mean = over_seeds([run[IN] for run in runs.values()])
+            yield f"| {name} | {_cell(last, 'entropy')} | {_cell(mean, 'effective')} |"
 
 
 def _theory(out: Path, found: Found) -> Iterator[str]:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from selftaught.errors import UserError
 from selftaught.eval import read_rows
 from selftaught.records import Say
 from selftaught.run import load_run
-from selftaught.studies.graphs.arms import ARMS, BASE, SMALL, Arm, arms
+from selftaught.studies.graphs.arms import ARMS, BASE, SMALL, arms
+from selftaught.studies.graphs.claims import table
 from selftaught.studies.graphs.measures import measure
 from selftaught.studies.graphs.part import IN, Job, do
 
@@ -82,6 +83,7 @@ def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] =
     todo = arms(only, seeds or ((0,) if smoke else (0, 1, 2)))
     jobs = jobs or (1 if smoke else min(4, os.cpu_count() or 1))
     out.mkdir(parents=True, exist_ok=True)
+    _same_settings(out / "settings.json", plan)
     model = _model(plan, out, say)
     parts = {BASE: _job(plan, out / BASE, model, ("privilege=null", "method=grpo"), trains=False)}
     for arm in todo:
@@ -93,12 +95,26 @@ def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] =
         done = {name: work[name].result() if name in work else _here(job, out / f"{name}.log", say)
                 for name, job in parts.items()}  # fmt: skip
     failed = {name: text for name, text in done.items() if text}
-    tables = write(out, collect(out, todo), plan)
+    tables = write(out, *collect(out), plan)
     if failed:
         reasons = "; ".join(f"{name}: {text}" for name, text in failed.items())
         raise UserError(f"study graphs: {len(failed)} of {len(parts)} parts failed ({reasons}); the others are in "
                         f"{out / 'table.md'}. Give the same command again when the cause is mended")
     return tables
+
+
+def _same_settings(path: Path, plan: Plan) -> None:
+    """Note what the parts of this folder are made with. Raises UserError where they were made with something else."""
+    recipe = load_run(plan.recipe, plan.extra).resolved()
+    asked = json.loads(json.dumps({"plan": asdict(plan), "recipe": recipe}, default=str))
+    if not path.is_file():
+        path.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+        return
+    made = json.loads(path.read_text(encoding="utf-8"))
+    other = [f"{part}.{name}" for part in asked for name in asked[part] if asked[part][name] != made[part].get(name)]
+    if other:
+        raise UserError(f"study graphs: {path.parent} holds parts that were made with another {', '.join(other)}; give "
+                        "the same settings, or another --out")
 
 
 def _job(plan: Plan, folder: Path, model: str, overrides: Sequence[str], *, trains: bool) -> Job:
@@ -162,12 +178,25 @@ def _last_words(log: Path) -> str:
 # What was found.
 
 
-def collect(out: Path, todo: Sequence[Arm]) -> dict[str, dict[str, Any]]:
-    """By arm: its seeds, and of each seed the measures of every set that was sampled. The base has one."""
+def collect(out: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """By arm, seed and set: the measures of what was sampled, and their tables by problem; the base has one seed.
+
+    All that the folder holds, of this command and of earlier ones.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for name, seed, folder in [(BASE, 0, BASE), *((arm.name, arm.seed, arm.folder) for arm in todo)]:
-        sets = {path.stem: measure(read_rows(path)) for path in sorted((out / folder / "tests").glob("*.jsonl"))}
+    tables: dict[str, dict[str, Any]] = {}
+    trained = [(name, folder) for name in ARMS for folder in _trained(out, name)]
+    for name, folder in [(BASE, out / BASE), *trained]:
+        seed = folder.name.rpartition("-")[2] if name != BASE else "0"
+        sets = {path.stem: read_rows(path) for path in sorted((folder / "tests").glob("*.jsonl"))}
         if IN in sets:
-            found.setdefault(name, {})[str(seed)] = sets
+            found.setdefault(name, {})[seed] = {each: measure(rows) for each, rows in sets.items()}
+            tables.setdefault(name, {})[seed] = {each: table(rows) for each, rows in sets.items()}
     (out / "measures.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
+    return found, tables
+
+
+def _trained(out: Path, name: str) -> list[Path]:
+    """The folders of an arm, in the order of their seeds."""
+    found = [path for path in out.glob(f"{name}-*") if path.is_dir() and path.name.removeprefix(f"{name}-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
