@@ -256,8 +256,8 @@ def study(
     name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in STUDIES.items()))],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="the study's folder; runs/NAME if not given")] = None,
-    only: Annotated[str | None, typer.Option(help="some of its parts (methods, laws), with commas")] = None,
-    seeds: Annotated[str | None, typer.Option(help="with commas; 0 if not given")] = None,
+    only: Annotated[str | None, typer.Option(help="some of its parts (methods, laws, arms), with commas")] = None,
+    seeds: Annotated[str | None, typer.Option(help="with commas; by default those of the study, one or three")] = None,
     jobs: Annotated[int | None, typer.Option(help="runs at a time; by default one per processor, at most 4")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="cut short, to see that all of it works")] = False,
 ) -> None:

@@ -18,6 +18,7 @@ from selftaught.records import Credit, TokenLoss
 from selftaught.tensors import upcast
 from selftaught.vocabulary import Head, TokenDist, affine, chunk_size, finish, project
 
+_LOSS = ""  # among the metrics' names
 LossFunction = Callable[[TokenDist, Mapping[str, TokenDist], Credit], TokenLoss]
 
 
@@ -108,8 +109,8 @@ def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mappin
         placed=head_grad is not None,
     )
     total = weight32.new_zeros(())
-    losses: list[Tensor] = []
-    metrics: list[dict[str, Tensor]] = []
+    # What outlives a chunk is made once: small blocks kept from each would lie in the holes that the next chunk needs.
+    found_N: dict[str, Tensor] = {}
     step = chunk or chunk_size(head.weight.shape[0])
     for start in range(0, tokens_N.shape[0], step):
         rows = slice(start, start + step)
@@ -123,20 +124,20 @@ def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mappin
             weighted = (masked(out.loss, weight_N[rows]) * weight_N[rows]).sum()
         if any(needs) and weighted.requires_grad:
             _accumulate(grads, needs[1], rows, torch.autograd.grad(weighted, raw)[0], h32, weight32)
-        total += weighted.detach()
-        losses.append(out.loss.detach())
         with torch.no_grad():
-            entropy, at_sampled = dist.entropy(), dist.at_sampled
-        metrics.append({"entropy": entropy, "logp": at_sampled.detach(),
-                        **{name: value.detach() for name, value in out.metrics.items()}})
+            total += weighted
+            for name, value in {_LOSS: out.loss, "entropy": dist.entropy(), "logp": dist.at_sampled,
+                                **out.metrics}.items():
+                if name not in found_N:
+                    found_N[name] = value.new_zeros(tokens_N.shape[0])
+                found_N[name][rows] = value
     reduced = total
     if any(needs):
         if needs[1]:
             grads.weight = torch.zeros_like(weight32) if grads.weight is None else grads.weight
             grads.weight = grads.weight.to(head.weight.dtype)
         reduced = _Precomputed.apply(total, grads, student, head.weight, head.bias)
-    merged = {name: torch.cat([m[name] for m in metrics]) for name in (metrics[0] if metrics else ())}
-    return Reduced(reduced, torch.cat(losses) if losses else weight_N.new_zeros(0), merged)
+    return Reduced(reduced, found_N.pop(_LOSS, weight_N.new_zeros(0)), found_N)
 
 
 def _view(hidden: Mapping[str, Tensor], name: str, rows: slice, head: Head, tokens_n: Tensor,
