@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import selftaught
 from own import Said, cli, lines, make_home, recipe_of, write_recipe
 from selftaught.data import DataConfig, load
 from selftaught.reward import RewardConfig
@@ -287,3 +288,8 @@ def test_doctor_names_responses_that_are_cut_off(home: Path) -> None:
     assert said.code == 1
     change = [line for line in said.out.splitlines() if line.startswith("CHANGE ")]
     assert len(change) == 1 and "reached the limit of 3 tokens: raise rollout.max_completion_length" in change[0]
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    said = cli("--version")
+    assert (said.code, said.out) == (0, f"selftaught {selftaught.__version__}\n")

@@ -117,6 +117,11 @@ def test_marks_bands_and_ticks_land_in_the_svg_where_the_axes_say() -> None:
         (pytest.approx(x, abs=0.06), text) for x, text in ((left, "1"), ((left + right) / 2, "8"), (right, "64"))]
 
 
+def test_steps_are_counted_in_whole_numbers() -> None:
+    x, y = draw.axes_of(plots.over_steps({"a": [(0, 0.1), (1, 0.2), (2, 0.3)]}, "loss"))
+    assert [text for _, text in x.ticks] == ["0", "1", "2"] and any("." in text for _, text in y.ticks)
+
+
 def test_texts_that_would_run_into_one_another_are_thinned_and_labels_are_escaped() -> None:
     picture = plots.over_steps({"a<b": [(step, step) for step in range(40)]}, "x & y")
     crowded = plots.replace(picture, x_ticks=tuple((float(x), f"step {x}") for x in range(40)))

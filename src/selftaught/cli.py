@@ -22,6 +22,20 @@ Recipe = Annotated[str, typer.Argument(
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example optim.steps=10")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"selftaught {version('selftaught')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", help="print the version", is_eager=True,
+                                                  callback=_print_version)] = False) -> None:
+    """Train language models on their own rollouts."""
+
+
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run and the forecast")] = False,

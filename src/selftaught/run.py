@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -300,7 +301,7 @@ def _is_branch(part: Any) -> bool:
 def _fault(fault: Any) -> str:
     place = ".".join(str(part) for part in fault["loc"] if not _is_branch(part))
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {place!r}; {nearest(str(fault['loc'][-1]), _known(fault['loc'][:-1]))}"
+        return f"unknown key {place!r}; {_meant(str(fault['loc'][-1]), _known(fault['loc'][:-1]))}"
     if fault["type"] == "missing":
         return f"{place}: missing; every recipe needs it"
     message = fault["msg"].removeprefix("Value error, ")
@@ -311,6 +312,23 @@ def _fault(fault: Any) -> str:
         message = message.replace(pydantic_s, ours)
     return f"{place} = {fault['input']!r}: it {message}" if message.startswith("should") else (
         f"{place} = {fault['input']!r}: {message}")
+
+
+def _meant(key: str, known: Sequence[str]) -> str:
+    """The nearest of the keys of that section, or a nearer one of another."""
+    elsewhere = {path.rpartition(".")[2]: path for path in _paths(Run) if "." in path}
+    nearly = [elsewhere.get(name, name) if name not in known else name
+              for name in get_close_matches(key, [*elsewhere, *known], n=1, cutoff=0.75)]  # fmt: skip
+    return f"did you mean {nearly[0]!r}?" if nearly else nearest(key, known)
+
+
+def _paths(model: Any, place: str = "") -> Iterator[str]:
+    """Dotted names of all fields, section by section."""
+    for name, field in model.model_fields.items():
+        yield f"{place}{name}"
+        for inner in _models(field.annotation):
+            if not place:  # what lies deeper is a list's item and has no name of its own
+                yield from _paths(inner, f"{name}.")
 
 
 def _known(location: Sequence[Any]) -> list[str]:

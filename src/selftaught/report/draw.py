@@ -46,19 +46,20 @@ def axes_of(picture: Picture) -> tuple[Axis, Axis]:
     xs = [m.x for m in marks] + [bound for m in marks for bound in m.x_range or ()] + [0.0] * picture.x_zero
     ys = [m.y for m in marks] + [bound for m in marks for bound in m.y_range or ()]
     joined = all(series.joined for series in picture.series)
-    x = _axis(xs, picture.x_range, picture.x_ticks, picture.x_log2, tight=joined and picture.x_range is None)
+    x = _axis(xs, picture.x_range, picture.x_ticks, picture.x_log2, tight=joined and picture.x_range is None,
+              whole=all(float(value).is_integer() for value in xs))
     return x, _axis(ys, picture.y_range, picture.y_ticks, False, tight=False)
 
 
 def _axis(values: Sequence[float], at_least: Range | None, given: Sequence[tuple[float, str]], log2: bool, *,
-          tight: bool) -> Axis:
+          tight: bool, whole: bool = False) -> Axis:
     covered = [*values, *(at_least or ())]
     low, high = min(covered), max(covered)
     if given:
         if low == high:
             low, high = (low / 2, high * 2) if log2 else (low - 1, high + 1)
         return Axis(low, high, tuple(given), log2)
-    places = ticks(low, high, 6)
+    places = ticks(low, high, 6, whole=whole)
     texts = tuple((t, tick_text(t, places)) for t in places)
     if not tight:
         return Axis(places[0], places[-1], texts)
