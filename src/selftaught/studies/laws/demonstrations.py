@@ -206,12 +206,28 @@ def ratios(generator: Generator) -> Law:
         "That is said of the optimum. Without a KL every distribution over right answers is optimal, and the path "
         "chooses: the gradient in the logits lets the likelier right answer grow faster. On base (0.6, 0.2, 0.2), the "
         "first two right, exp(-z2) - exp(-z1) is constant along it, so that the ratio is known at each reward.",
-    ], [*checks, *path], tables=[table])
+    ], [*checks, *path], [table], [_ratio_figure()])
+
+
+START = (0.6, 0.2, 0.2)  # the first two are right
+
+
+def _ratio_figure() -> Figure:
+    """How the ratio of the two right answers moves on the way to reward 1."""
+    start = torch.tensor(START, dtype=torch.float64).log()
+    start = start - start.mean()
+    rewards = [0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98, 0.99, 0.995, 0.999]
+    ends = (rewards[0], rewards[-1])
+    return Figure("ratios", "The ratio of two right answers, by the expected reward",
+                  "It begins at 3. log10: 1 is ten to one.", [
+        Line("plain gradient, no KL", [(r, math.log10(_ratio_on_path(start, r))) for r in rewards], colour=0),
+        Line("natural gradient, no KL; optimum with a KL", [(r, math.log10(3)) for r in ends], colour=1),
+    ], "expected reward")  # fmt: skip
 
 
 def _path() -> tuple[list[Check], Table]:
     """Gradient ascent on the expected reward in the logits, from (3 : 1 : 1) with the first two right."""
-    start = torch.tensor([3.0, 1.0, 1.0], dtype=torch.float64).log()
+    start = torch.tensor(START, dtype=torch.float64).log()
     start = start - start.mean()
     reward = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
 

@@ -89,9 +89,17 @@ def target(generator: Generator) -> Law:
         "to 12). The gradient of KL(S||B) is (1 - a) that of KL(S||T) plus a that of KL(S||R): with R the live student "
         "the second is 0, and all that the gate does is to weigh each token by 1 - a.",
         "Theorem 1 (the leakage E[(1 - a)^2 |delta|^2] falls below E[|delta|^2]) holds by its definition; at the "
-        "blends "
-        "that the paper reports it is a matter of some percent.",
-    ], checks)
+        "blends that the paper reports it is a matter of some percent.",
+    ], checks, figures=[_blend_figure()])
+
+
+def _blend_figure() -> Figure:
+    """The blend weight by the disagreement, at the betas of the paper."""
+    ds = [j * math.log(2) / 60 for j in range(61)]
+    lines = [Line(f"beta = {beta}", [(d, 0.15 * math.tanh(beta * d / 2)) for d in ds], colour=colour)
+             for colour, beta in enumerate(KNOWN_BLENDS)]
+    return Figure("blend", "How much of the reference is blended in, by the disagreement",
+                  "a at alpha_max 0.15; the largest disagreement is ln 2 nats.", lines, "Jensen-Shannon divergence")
 
 
 def metrics(teacher: Tensor, reference: Tensor, **fields: Any) -> Mapping[str, Tensor]:
