@@ -196,7 +196,7 @@ def resolved_numbers(tree: Any, path: str) -> Iterator[str]:
             yield from resolved_numbers(value, f"{path}.{key}")
     elif isinstance(tree, bool) or not isinstance(tree, int | float | list | tuple):
         return
-    elif isinstance(tree, int | float) or all(isinstance(item, int | float) for item in tree):
+    elif isinstance(tree, int | float) or (tree and all(isinstance(item, int | float) for item in tree)):
         yield path
     else:
         for index, value in enumerate(tree):
