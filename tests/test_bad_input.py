@@ -66,7 +66,7 @@ RECIPES = {
     "text for a number": ("method={name: sdpg, alpha: 1e-3}", "alpha = '1e-3': must be a number (in YAML"),
     "clip of everything": ("method={name: grpo, eps_low: 1.0}", "eps_low = 1.0: must be in [0, 1), or None for"),
     "negative cap": ("method={name: cispo, cap: -1}", "cap = -1: must be in (0, inf]"),
-    "weight at its end": ("method={name: gkd, weight: 1}", "weight = 1: must be between 0 and 1; at the ends choose"),
+    "weight at its end": ("method={name: gkd, weight: 1}", "weight = 1: must be in (0, 1); at the ends choose"),
     "blend above 1": ("method={name: demopsd, alpha_max: 1.5}", "alpha_max = 1.5: must be in [0, 1]"),
     "trim of everything": ("method={name: dopd, trim: 1}", "trim = 1: must be in [0, 1)"),
     "decay before the beginning": ("method={name: rlsd, lam_decay: -5}", "lam_decay = -5: must be a whole number in "),

@@ -27,44 +27,10 @@ from selftaught.methods import build, method_fields, names, objective
 from selftaught.methods.base import method_class
 from selftaught.records import TokenBatch
 from selftaught.run import make_run
-from tabular import close, distributions, gradient
+from tabular import LENGTHS, V, close, distributions, gradient, make_case, outcome, same
 
 SEEDS = pytest.mark.parametrize("seed", range(5))
-V = 11
-LENGTHS = (5, 1, 4, 3, 6, 2)
-VIEWS = ("teacher", "reference", "privileged_student")
 PLAIN = {"eps_low": None, "eps_high": None}
-
-
-
-def make_case(seed: int = 0, *, old: bool = False, step: int = 7) -> tuple[TokenBatch, dict[str, Tensor]]:
-    """Six ragged rollouts of two problems, all privileged; logits of the student and of every view, float64."""
-    torch.manual_seed(seed)
-    ids = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
-    logits = {view: 2 * torch.randn(len(ids), V, dtype=torch.float64) for view in ("student", *VIEWS)}
-    tokens = torch.randint(0, V, (len(ids),))
-    logp = logits["student"].log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-    reward = torch.tensor([1.0, 0.0, 0.25, 0.0, 1.0, 0.5], dtype=torch.float64)
-    return TokenBatch(tokens, ids, reward, torch.tensor([4, 4, 4, 9, 9, 9]),
-                      logp_old=logp + 0.5 * torch.randn(len(ids), dtype=torch.float64) if old else None,
-                      step=step), logits
-
-
-Outcome = tuple[Tensor, Tensor]
-
-
-def outcome(name: str, case: tuple[TokenBatch, Mapping[str, Tensor]], *, reduction: str = "token_mean",
-            **fields: Any) -> Outcome:
-    """The loss, and its gradient in the student's logits."""
-    batch, logits = case
-    student = logits["student"].clone().requires_grad_()
-    loss = objective(name, batch, {**logits, "student": student}, reduction=reduction, **fields).loss
-    loss.backward()
-    return loss.detach(), student.grad
-
-
-def same(a: Outcome, b: Outcome, tolerance: float = 0.0) -> bool:
-    return all(close(x, y, tolerance) for x, y in zip(a, b, strict=True)) and bool(a[1].abs().max() > 1e-4)
 
 
 # --- what equals what -------------------------------------------------------------------------------------------------
@@ -167,6 +133,19 @@ def test_gspos_gradient_is_that_of_its_rollout_ratio(eps_low: float | None, eps_
     assert found.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("clip", [{"eps_low": 3e-4, "eps_high": 4e-4}, {"eps_low": 0.2, "eps_high": 0.28}, PLAIN],
+                         ids=str)
+def test_gspo_is_grpo_with_the_same_clip_on_rollouts_of_one_token_and_on_policy(clip: Mapping[str, Any]) -> None:
+    on_policy, stale = make_case(), make_case(old=True)
+    assert same(outcome("gspo", on_policy, **clip), outcome("grpo", on_policy, **clip), 1e-15)
+    batch, logits = stale
+    n = len(batch.tokens)
+    short = replace(batch, sequence_ids=torch.arange(n), reward=batch.reward[batch.sequence_ids] + 0.1 * torch.rand(n),
+                    group=batch.group[batch.sequence_ids])
+    assert same(outcome("gspo", (short, logits), **clip), outcome("grpo", (short, logits), **clip), 1e-15)
+    assert not same(outcome("gspo", stale, **clip), outcome("grpo", stale, **clip), 1e-4)
+
+
 @pytest.mark.parametrize("name", ["sdpo", "demopsd", "opsd", "sdft", "gkd", "dopd"])
 def test_nothing_is_left_when_every_view_is_the_student(name: str) -> None:
     batch, logits = make_case()
@@ -210,7 +189,7 @@ def test_js_at_its_ends_is_another_function_than_the_kls_that_it_tends_to_when_d
     assert float(js(t, s, small) / small) == pytest.approx(float(kl(t, s)), rel=1e-4)
     assert float(js(t, s, 1 - small) / small) == pytest.approx(float(kl(s, t)), rel=1e-4)
     for weight in (0.0, 1.0):
-        with pytest.raises(UserError, match=r"weight = .*between 0 and 1"):
+        with pytest.raises(UserError, match=r"weight = .*must be in \(0, 1\); at the ends choose a kl"):
             build("gkd", weight=weight)
 
 

@@ -513,6 +513,25 @@ def test_what_has_no_say_is_not_counted(pair: Any) -> None:
         assert not counted[~batch.privileged[batch.sequence_ids]].any()
 
 
+SILENCE = {"no privilege": {"privileged": torch.zeros(13, dtype=torch.bool)},
+           "no score": {"reward": torch.full((13,), math.nan, dtype=torch.float64)},
+           "no token": {"mask": torch.zeros(sum(LENGTHS), dtype=torch.bool)}}
+MUTED_BY = {row.name: "no score" if "reward" in (needs := method_class(row.name).needs) else
+            "no privilege" if "privilege" in needs else "no token" for row in TABLE}
+SILENT = [(pair, cause) for pair in ALL for cause in sorted({MUTED_BY[pair[0].name], "no token"})]
+
+
+@three_kinds
+@pytest.mark.parametrize(("pair", "cause"), SILENT, ids=lambda x: x if isinstance(x, str) else spelled(x))
+def test_a_batch_in_which_nothing_counts_has_a_zero_loss_and_no_gradient(pair: Any, cause: str, kind: Kind) -> None:
+    case = make_case(pair, kind)
+    silent = replace(case, batch=replace(case.batch, **SILENCE[cause]))
+    for run in (dense, chunked):
+        loss, grads = run(pair, silent, **kind.reduction)
+        assert loss == 0 and all(g is not None and (g == 0).all() for g in grads)
+        assert run(pair, case, **kind.reduction)[0] != 0
+
+
 @three_kinds
 @pytest.mark.parametrize("pair", [pair for pair in ALL if pair[0].rewards_alone], ids=spelled)
 def test_groups_whose_rewards_say_nothing_give_no_gradient(pair: Any, kind: Kind) -> None:
@@ -640,6 +659,9 @@ def test_the_smallest_batch_goes_through(pair: Any) -> None:
         ("rlsd", {"lam": 1.5}, "lam = 1.5"),
         ("opsd", {"temperature": 0.0}, "temperature = 0.0"),
         ("opsd", {"clip": 0.0}, "clip = 0.0"),
+        ("gkd", {"weight": "0.5"}, r"'gkd': weight = '0.5': must be a number \(in YAML"),
+        ("gkd", {"weight": 0}, r"weight = 0: must be in \(0, 1\); at the ends choose a kl by its name"),
+        ("gkd", {"weight": math.nan}, r"weight = nan: must be in \(0, 1\)"),
         ("no_such_package.module:Mine", {}, "cannot be imported"),
         ("missing.py:Mine", {}, "there is no file 'missing.py'"),
         ("math:Mine", {}, "math has no 'Mine'"),
@@ -648,6 +670,17 @@ def test_the_smallest_batch_goes_through(pair: Any) -> None:
 def test_a_name_or_value_that_cannot_be_is_refused_with_the_nearest(name: str, fields: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         build(name, **fields)
+
+
+@pytest.mark.parametrize("value", ["false", "no", 1, None], ids=repr)
+def test_a_switch_is_true_or_false_and_nothing_else_that_python_takes_for_it(value: Any) -> None:
+    switches = [(name, key) for name in names() for key, default in method_fields(method_class(name)).items()
+                if isinstance(default, bool)]
+    assert {("grpo", "scale_by_std"), ("sdpg", "exclude_terminal")} <= {*switches}
+    for name, key in switches:
+        with pytest.raises(UserError, match=rf"'{name}': {key} = {value!r}: must be true or false"):
+            build(name, **{key: value})
+        assert [getattr(build(name, **{key: on}), key) for on in (True, False)] == [True, False]
 
 
 def test_a_method_in_a_file_of_the_users_own_has_its_formula(tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def _facts() -> Iterator[Fact]:
     yield from say("rlsd", "code: core_algos", method__dual_clip=3.0, loss__reduction="token_mean")
     yield from say("rlsd", "paper and code: the optimiser", optim__learning_rate=1e-6, optim__weight_decay=0.01,
                    optim__warmup_steps=0, optim__max_grad_norm=1.0, optim__schedule="constant")
+    yield from say("rlsd", "code: one optimiser step per rollout batch, ppo_epochs 1, top-p 1", optim__minibatches=1,
+                   optim__updates_per_batch=1, rollout__top_p=1.0)
     yield from say("rlsd", "SDPG's paper: its text run", model="Qwen/Qwen3-4B", optim__steps=400, eval__samples=32,
                    eval__temperature=1.0)
     yield from say("rlsd", "paper: RLSD needs the final answer alone", privilege__kind="answer")
@@ -69,7 +71,9 @@ def _facts() -> Iterator[Fact]:
     yield from say(SDPG, "paper: alpha, beta_base, T_warm, T_decay, gate (code: gate and schedule off)",
                    method__alpha=1e-3, method__beta=1e-3, method__beta_warmup=50, method__beta_decay=350,
                    method__gate="positive", method__reference_kl="urkl")
-    yield from say(SDPG, "paper: REINFORCE, no ratio, one update", method__eps_low=None, method__eps_high=None)
+    yield from say(SDPG, "paper: REINFORCE, no ratio, one update", method__eps_low=None, method__eps_high=None,
+                   optim__minibatches=1)
+    yield from say(SDPG, "code: top-p 1", rollout__top_p=1.0)
     yield from say(SDPG, "paper: AdamW", optim__learning_rate=1e-6, optim__weight_decay=0.1, optim__betas=[0.9, 0.999],
                    optim__max_grad_norm=1.0, optim__warmup_steps=10)
     yield from say(SDPG, "paper: mean@32 at T = 1; code: every 10", eval__samples=32, eval__temperature=1.0,
@@ -108,7 +112,8 @@ def _facts() -> Iterator[Fact]:
                    optim__weight_decay=0.01, eval__temperature=0.6, eval__top_p=0.95)
     yield from say("sdpo", "code: without feedback", method__divergence="js", method__top_k=100,
                    optim__learning_rate=1e-5, optim__warmup_steps=10, method__teacher__rate=0.05,
-                   privilege__threshold=0.5, data__train=1890, data__heldout=210, eval__samples=16)
+                   privilege__threshold=0.5, data__train=1890, data__heldout=210, eval__samples=16,
+                   optim__minibatches=1)
     yield from say("sdpo-feedback", "code: with rich feedback", method__divergence="kl_student_teacher",
                    method__top_k=20, optim__learning_rate=1e-6, optim__warmup_steps=0, method__teacher__rate=0.01,
                    optim__minibatches=32, eval__samples=4, privilege__parts__0__threshold=0.5)
@@ -134,6 +139,7 @@ def _facts() -> Iterator[Fact]:
     yield from say("opd", "code: the script's defaults", rollout__num_generations=4, rollout__temperature=1.0,
                    rollout__max_completion_length=4096, method__coef=1.0, eval__every=20, optim__learning_rate=1e-4,
                    optim__lora__rank=128)
+    yield from say("opd", "code: 1 substep", optim__minibatches=1)
     yield from say("opd", "the first README, whose run is Qwen3-8B-Base", model="Qwen/Qwen3-8B-Base",
                    rollout__prompts_per_step=512, optim__steps=100)
 
@@ -151,6 +157,27 @@ def _facts() -> Iterator[Fact]:
 
 FACTS = list(_facts())
 
+# What optim, loss, rollout and method have from the trainer's defaults: neither the recipe's paper nor its code, as far
+# as they could be read, states it. What a recipe writes down and calls "ours" is in its own comments.
+ADAM = {"optim.betas", "optim.eps"}
+ONE_UPDATE = {"optim.updates_per_batch", "optim.minibatches"}
+WHOLE = {"rollout.top_p"}
+UNDECAYED = {"optim.warmup_steps", "optim.weight_decay"}
+NORM, FLOOR = {"optim.max_grad_norm"}, {"optim.min_lr_ratio"}
+OURS: dict[str, set[str]] = {
+    "rlsd": ADAM,
+    **{name: {"optim.eps", "optim.updates_per_batch"} for name in SDPG},
+    **{name: ADAM | NORM | ONE_UPDATE | WHOLE for name in DEMOPSD},
+    "dopd": ADAM | NORM | ONE_UPDATE | WHOLE | UNDECAYED | FLOOR,
+    **{name: ADAM | NORM | WHOLE | {"optim.updates_per_batch"} for name in SDPO},
+    "opsd": ADAM | ONE_UPDATE | UNDECAYED,
+    "sdft": ADAM | ONE_UPDATE | WHOLE | {"optim.weight_decay"} | FLOOR,
+    "opd": ADAM | NORM | WHOLE | UNDECAYED | {"optim.updates_per_batch"},
+    "dapo": ADAM | WHOLE | {"optim.updates_per_batch"},
+}
+# Of no consequence for what is learnt: how the work is cut, when a faulty run stops, the one value that there is.
+IDLE = {"rollout.max_rows", "rollout.max_logp_gap", "optim.token_budget", "optim.lora.dropout"}
+
 
 def resolved(name: str) -> dict[str, Any]:
     """The run as plain data, with the method's own defaults and its views beside what the recipe sets."""
@@ -160,6 +187,28 @@ def resolved(name: str) -> dict[str, Any]:
     fields = {field: getattr(method, field) for field in type(method).__dataclass_fields__ if field != "views"}
     views = {view: {"weights": v.weights, "every": v.every, "rate": v.rate} for view, v in method.views.items()}
     return {**tree, "method": {**fields, **views}}
+
+
+def resolved_numbers(tree: Any, path: str) -> Iterator[str]:
+    """Dotted fields of every number in plain data; a list of numbers is one."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from resolved_numbers(value, f"{path}.{key}")
+    elif isinstance(tree, bool) or not isinstance(tree, int | float | list | tuple):
+        return
+    elif isinstance(tree, int | float) or (tree and all(isinstance(item, int | float) for item in tree)):
+        yield path
+    else:
+        for index, value in enumerate(tree):
+            yield from resolved_numbers(value, f"{path}.{index}")
+
+
+def inherited(tree: dict[str, Any]) -> set[str]:
+    """Numbers that change how a resolved recipe trains, without those that its other fields leave idle."""
+    idle = {*IDLE, *({"rollout.max_resample"} if not tree["rollout"]["filter_groups"] else set()),
+            *({"optim.min_lr_ratio"} if tree["optim"]["schedule"] == "constant" else set())}
+    return {field for section in ("optim", "loss", "rollout", "method")
+            for field in resolved_numbers(tree[section], section)} - idle
 
 
 def at(tree: Any, field: str) -> Any:
@@ -257,6 +306,16 @@ def test_every_number_has_a_source_and_every_published_one_is_in_the_table(name:
     short = name.removeprefix("papers/")
     known = {fact.field for fact in FACTS if short in fact.recipes}
     assert unsourced(text_of(name), known) == []
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_default_that_changes_training_is_published_or_known_to_be_ours(name: str, runs: dict[str, Any]) -> None:
+    short = name.removeprefix("papers/")
+    if short not in runs:
+        runs[short] = resolved(short)
+    known = {fact.field for fact in FACTS if short in fact.recipes}
+    written = {field for field, _ in numbers(text_of(name))}
+    assert inherited(runs[short]) - known - written == OURS[short]
 
 
 def test_a_number_without_a_source_is_found() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from selftaught.credit import evidence, evidence_weight, linear_decay
 from selftaught.loss import clipped_loss, kl
 from selftaught.methods import build, objective
 from selftaught.records import TokenBatch
-from tabular import close, distributions, gradient
+from tabular import LENGTHS, close, distributions, gradient, make_case, outcome
+from tabular import V as WIDTH
 
 SEEDS = pytest.mark.parametrize("seed", range(5))
 V, R = 6, 4
@@ -292,3 +294,48 @@ def test_opsds_clip_turns_the_gradient_against_the_teacher_at_a_fork(clip: float
     assert logits.grad.squeeze(0).tolist() == pytest.approx(slope, rel=1e-12)
     if clip is not None:
         assert out.loss.item() == pytest.approx(-0.112, abs=5e-4)
+
+
+# --- without a privilege, and beside padding --------------------------------------------------------------------------
+
+
+AS_GRPO = {"eps_low": 0.2, "eps_high": 0.28, "dual_clip": 3.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("old", [False, True])
+def test_without_any_privilege_rlsd_is_grpo_bit_for_bit(old: bool, dtype: torch.dtype) -> None:
+    batch, logits = make_case(old=old)
+    none = torch.zeros(len(LENGTHS), dtype=torch.bool)
+    batch = replace(batch, privileged=none, reward=batch.reward.to(dtype),
+                    logp_old=batch.logp_old.to(dtype) if old else None)
+    case = batch, {view: value.to(dtype) for view, value in logits.items()}
+    left, right = outcome("rlsd", case, lam=1.0), outcome("grpo", case, **AS_GRPO)
+    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True)) and right[1].abs().max() > 1e-3
+    some = replace(batch, privileged=~none), case[1]
+    assert not torch.equal(outcome("rlsd", some, lam=1.0)[1], right[1])
+
+
+@pytest.mark.parametrize("impossible", [-1e10, -math.inf])
+@pytest.mark.parametrize("where", [("teacher",), ("student", "teacher"), ("student",), ("old",), ("teacher", "old")],
+                         ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_padding_at_minus_1e10_or_infinity_changes_neither_loss_nor_gradient(dtype: torch.dtype, impossible: float,
+                                                                             where: tuple[str, ...]) -> None:
+    batch, logits = make_case(old=True)
+    batch = replace(batch, reward=batch.reward.to(dtype), logp_old=batch.logp_old.to(dtype))
+    logits = {view: value.to(dtype) for view, value in logits.items()}
+    n, pad = len(batch.tokens), 4
+    rows = torch.zeros(pad, WIDTH, dtype=dtype)
+    padded = replace(batch, tokens=torch.cat([batch.tokens, torch.full((pad,), 2)]),
+                     sequence_ids=torch.cat([batch.sequence_ids, torch.tensor([0, 1, 2, 5])]),
+                     mask=torch.arange(n + pad) < n,
+                     logp_old=torch.cat([batch.logp_old, torch.full((pad,), impossible if "old" in where else -1.0)]))
+    more = {view: torch.cat([value, rows.index_fill(1, torch.tensor([2]), impossible) if view in where else rows])
+            for view, value in logits.items()}
+    loss, found = outcome("rlsd", (batch, logits), lam=1.0)
+    with_padding, wider = outcome("rlsd", (padded, more), lam=1.0)
+    assert close(loss, with_padding, 1e-6 if dtype == torch.float32 else 1e-15)  # one more term in the sum, of 0
+    assert torch.equal(found, wider[:n]) and (wider[n:] == 0).all()
+    counted = replace(padded, mask=None)  # and where such tokens do count, all is finite
+    assert all(torch.isfinite(x).all() for x in outcome("rlsd", (counted, more), lam=1.0))

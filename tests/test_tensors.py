@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -156,6 +157,24 @@ def test_padded_micro_batches_pay_every_row_at_the_length_of_the_longest(seed: i
 
 def test_split_of_nothing_is_nothing() -> None:
     assert list(split_by_budget([[]], [], 10)) == list(split_padded([[]], [], 10)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3, 20, 1001])
+def test_quantiles_are_numpys(size: int, dtype: torch.dtype) -> None:
+    x = torch.randn(size, dtype=dtype, generator=torch.Generator().manual_seed(size)).exp()
+    near = 1e-6 if dtype == torch.float32 else 1e-14
+    for q in (0.0, 0.05, 1 / 3, 0.5, 0.6, 0.95, 1.0):
+        found = LOCAL.quantile(x, q)
+        assert found.shape == () and found.dtype == dtype
+        assert float(found) == pytest.approx(np.quantile(x.double().numpy(), q), rel=near)
+    assert LOCAL.quantile(x[:0], 0.95) == 0
+
+
+def test_quantiles_have_no_limit_of_size() -> None:
+    """torch.quantile refuses more than 16 million numbers; a batch of 512 long rollouts has them."""
+    x = torch.arange(16_000_001, dtype=torch.float32).flip(0)
+    assert LOCAL.quantile(x, 0.95) == 15_200_000 and LOCAL.quantile(x, 1 / 3) == pytest.approx(16e6 / 3, abs=1)
 
 
 def test_offsets_are_running_sums_from_zero() -> None:

@@ -9,7 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from selftaught.credit import base_credit, evidence, routes
+from selftaught.credit import (
+    STUDENT_LIGHT,
+    STUDENT_WEAK,
+    TEACHER_FULL,
+    TEACHER_LIGHT,
+    base_credit,
+    evidence,
+    routes,
+)
 from selftaught.loss import js, kl, with_tail
 from selftaught.methods.fields import require
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
@@ -64,14 +72,16 @@ class DOPD:
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         loss = torch.zeros_like(student.at_sampled)
         shares = {}
-        for route, source, scale in ((0, "teacher", self.beta_light), (1, "privileged_student", self.beta_weak),
-                                     (2, "teacher", 1.0), (3, "privileged_student", self.beta_light)):
+        for route, source, scale in ((TEACHER_LIGHT, "teacher", self.beta_light),
+                                     (STUDENT_WEAK, "privileged_student", self.beta_weak),
+                                     (TEACHER_FULL, "teacher", 1.0),
+                                     (STUDENT_LIGHT, "privileged_student", self.beta_light)):
             rows = credit["route"] == route
             shares[f"route_{route}"] = rows.to(loss.dtype)
             if not rows.any():
                 continue
             own, theirs = student[rows].log_probs, views[source][rows].log_probs
-            part = js(theirs, own) if route == 2 else kl(*with_tail(self.top_k, own, theirs))
+            part = js(theirs, own) if route == TEACHER_FULL else kl(*with_tail(self.top_k, own, theirs))
             loss = loss.masked_scatter(rows, scale * part)
         gap = evidence(credit["teacher"], student.at_sampled).detach()  # the view's own has rows that no route takes
         return TokenLoss(loss, {**shares, "gap": gap})

@@ -46,9 +46,8 @@ class GKD:
     scores: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        require(self, divergence=f"one of {', '.join(DIVERGENCES)}", temperature="(0, inf)")
-        if not 0 < self.weight < 1:
-            raise ValueError(f"weight = {self.weight}: must be between 0 and 1; at the ends choose a kl by its name")
+        require(self, divergence=f"one of {', '.join(DIVERGENCES)}", temperature="(0, inf)",
+                weight="(0, 1); at the ends choose a kl by its name")
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         seen = bool(privileged_views(self.views))

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from selftaught.credit import base_credit, broadcast, group_advantage, sequence_ratio
+from selftaught.credit import base_credit, broadcast, group_advantage, logp_before, sequence_ratio
 from selftaught.loss import capped_ratio, clip_ratio, clipped, importance_ratio
 from selftaught.methods.fields import CLIP, require
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
@@ -48,7 +48,7 @@ class GSPO:
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         credit = base_credit(batch, needs_reward=True)
-        ratio = sequence_ratio(logp["student"], credit.get("logp_old", logp["student"]), credit["counted"], batch)
+        ratio = sequence_ratio(logp["student"], logp_before(credit, logp), credit["counted"], batch)
         return {**credit, "advantage": broadcast(group_advantage(batch), batch), "ratio": ratio}
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:

@@ -26,7 +26,8 @@ class SDFT:
 
     Sees: a demonstration
     Divergence: KL(T||S) over the whole vocabulary
-    Deviations: the paper derives KL(S||T); its published runs, by the authors' erratum, used KL(T||S).
+    Deviations: the paper derives KL(S||T); its published runs, by the authors' erratum, used KL(T||S). Their weight per
+    sequence, the mean of its tokens' ratios to vLLM's probabilities, each capped at 2, is left out.
     Equals: opsd with clip None at temperature 1, and gkd with kl_teacher_student, when skip is 0.
     Criticism: the paper's reading of it as inverse RL needs the KL that its runs did not use; it lost against plain
     fine-tuning at 3B; on the authors' code another team found a frozen teacher as good as the average.
