@@ -53,7 +53,7 @@ def refused(*args: str | Path) -> str:
 RECIPES = {
     "misspelt key": ("optim.stepz=3", "unknown key 'optim.stepz'; did you mean 'steps'?"),
     "key of another section": ("steps=3", "unknown key 'steps'; did you mean 'optim.steps'?"),
-    "key of another section, misspelt": ("checkpoint.heldoutt=3", "key 'checkpoint.heldoutt'; did you mean 'data.heldout'?"),
+    "misspelt key of another section": ("checkpoint.heldoutt=3", "'checkpoint.heldoutt'; did you mean 'data.heldout'?"),
     "misspelt section": ("modle=x", "unknown key 'modle'; did you mean 'model'?"),
     "misspelt key in a list": ("reward=[{name: exact, wieght: 2}]", "unknown key 'reward.parts.0.wieght'; did you"),
     "wrong type": ("optim.steps=many", "optim.steps = 'many': it should be a valid integer"),
