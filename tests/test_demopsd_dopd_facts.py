@@ -157,8 +157,9 @@ def test_dopds_routes_curve_by_0_30_0_15_and_0_125_per_unit_of_chi_square_near_a
     chi_square = float(((near.exp() - s.exp()) ** 2 / s.exp()).sum())
     token = torch.tensor([0])
     views = {view: TokenDist(near, token) for view in ("teacher", "privileged_student")}
-    curvature = {route: float(build("dopd", top_k=None).loss(TokenDist(s, token), views,
-                                                             {"route": torch.tensor([route]), "teacher": near[:, 0]}).loss) / chi_square
+    method, sampled = build("dopd", top_k=None), near[:, 0]
+    curvature = {route: float(method.loss(TokenDist(s, token), views, {"route": torch.tensor([route]),
+                                                                       "teacher": sampled}).loss) / chi_square
                  for route in (TEACHER_LIGHT, STUDENT_WEAK, TEACHER_FULL, STUDENT_LIGHT)}
     assert curvature == pytest.approx({0: 0.30, 1: 0.15, 2: 0.125, 3: 0.30}, rel=1e-3)
 
