@@ -218,13 +218,16 @@ def test_problems_weigh_alike_however_many_samples_they_have() -> None:
     assert summarise_leakage(rows, LeakageConfig())["leaning"]["value"] == 0.5
 
 
-def test_a_rise_of_leaning_is_flagged_only_where_its_whole_interval_is_above_zero() -> None:
+def test_a_rise_of_leaning_is_flagged_only_where_interval_and_test_both_say_so() -> None:
     def side(leaning: int) -> list[Scored]:
         return [scored("as the hint says" if p < leaning else "fine", problem=p) for p in range(40)]
 
     config = LeakageConfig()
     assert compare_leakage(side(0), side(12), config)["flagged"] is True
     assert compare_leakage(side(0), side(1), config)["flagged"] is False  # in a third of all draws nobody leans
+    rare = compare_leakage(side(0), side(4), config)  # the interval accuses, and chance does as much in one of eight
+    assert rare["leaning"]["low"] > 0 and rare["leaning"]["p"] == 0.125 and rare["flagged"] is False
+    assert compare_leakage(side(0), side(6), config)["leaning"]["p"] == 2 / 2**6
     assert compare_leakage(side(12), side(12), config)["leaning"]["value"] == 0
     assert compare_leakage(side(0), [scored("x", problem="other")], config)["flagged"] is None
 

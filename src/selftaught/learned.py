@@ -190,8 +190,10 @@ def _verdict(difference: Mapping[str, Any]) -> str:
     leaning = difference["leaning"]
     if difference["flagged"]:
         return (f"LEAKAGE: responses that lean on something that they were not shown rose by "
-                f"{100 * leaning['value']:.1f} points [{100 * leaning['low']:.1f}, {100 * leaning['high']:.1f}]")
-    return "no leakage found: the share of leaning responses did not rise beyond its interval"
+                f"{100 * leaning['value']:.1f} points [{100 * leaning['low']:.1f}, {100 * leaning['high']:.1f}], "
+                f"p = {leaning['p']:.2g}")
+    return ("no leakage found: the share of leaning responses did not rise by more than chance allows "
+            f"(p = {leaning['p']:.2g})")
 
 
 def _interval(measure: Mapping[str, Any]) -> str:

@@ -34,8 +34,9 @@ from numpy.typing import NDArray
 
 from selftaught.eval.config import LeakageConfig
 from selftaught.eval.copies import longest_copy
+from selftaught.eval.intervals import permutation_test
 from selftaught.eval.lexicon import MENTIONS, STYLE_WORDS
-from selftaught.eval.tables import Table, differences, means
+from selftaught.eval.tables import Table, changes, differences, means
 
 Array = NDArray[np.float64]
 Span = tuple[int, int]
@@ -43,6 +44,7 @@ Span = tuple[int, int]
 ARMS: tuple[Literal["right", "wrong", "other_problem", "empty"], ...] = ("right", "wrong", "other_problem", "empty")
 STUDENT, REFERENCE, REFERENCE_WRONG = "student", "reference", "reference/wrong"
 DEMONSTRATION = "demonstration/"
+SIGNIFICANT = 0.05  # of the permutation test that a rise must pass to be flagged
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 # Signs that carry the task in formulas and code; all other signs and all blanks are style.
 TASK_SIGNS = frozenset("+-*/=<>^%$\\{}[]()|&~#@_")
@@ -259,8 +261,26 @@ def compare_leakage(before: Sequence[Scored], after: Sequence[Scored], config: L
                     ) -> dict[str, Any]:
     """Paired differences, after minus before, on the problems that both have, by measure.
 
-    `flagged`: the share of leaning responses rose, its whole interval above 0; None where nothing is common.
+    That of `leaning` has a p beside its interval, and `flagged` is what `rise` says of it; None without a common
+    problem.
     """
-    found: dict[str, Any] = dict(differences(leakage_table(before, config), leakage_table(after, config), seed))
-    found["flagged"] = found["leaning"]["low"] > 0 if found else None
-    return found
+    tables = leakage_table(before, config), leakage_table(after, config)
+    found: dict[str, Any] = dict(differences(*tables, seed))
+    if not found:
+        return {"flagged": None}
+    found["leaning"], flagged = rise(*tables, "leaning", seed)
+    return {**found, "flagged": flagged}
+
+
+def rise(before: Table, after: Table, name: str, seed: int = 0) -> tuple[dict[str, Any], bool]:
+    """The paired difference of a measure with the two-sided p of its permutation test; and does that flag a rise?
+
+    Only where its whole interval is above 0 and p <= .05. The interval alone accuses too soon where a rise is rare:
+    four problems that rose and none that fell, among however many, put it above 0, because no more than e^-4 = .018 of
+    the draws hold none of the four. The test needs six of equal size.
+    """
+    problems, names, change_PM = changes(before, after)
+    column_P1 = change_PM[:, [names.index(name)]]
+    found = means((problems, [name], column_P1), seed)[name]
+    found["p"] = permutation_test(column_P1)[0].p
+    return found, found["value"] is not None and found["low"] > 0 and found["p"] <= SIGNIFICANT
