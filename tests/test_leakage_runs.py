@@ -85,23 +85,31 @@ def test_every_view_is_the_models_own_forward_pass_under_that_prompt(ground: Gro
     assert abs(gaps["gap/right"]["value"]) > 1e-3 and gaps["gap/empty"]["value"] == 0
 
 
-def test_demonstrations_are_other_right_responses_to_the_same_problem(ground: Ground, sampled: Any) -> None:
+def test_demonstrations_are_a_problems_right_responses_with_their_repeats_the_same_for_all(
+    ground: Ground, sampled: Any
+) -> None:
     backbone, rollouts, verdicts = sampled
-    found = score(ground, Models(backbone), rollouts, verdicts, LeakageConfig(demonstrations=3))
+    again = next(i for i, one in enumerate(rollouts) if one.text.strip() and verdicts[i].status == "right")
+    rollouts, verdicts = [*rollouts, replace(rollouts[again], sample=4)], [*verdicts, verdicts[again]]
+    found = score(ground, Models(backbone), rollouts, verdicts, LeakageConfig(demonstrations=9))
     config = privilege.PrivilegeConfig(kind="demonstration")
-    for one, rollout, verdict in zip(found, rollouts, verdicts, strict=True):
+    for one, rollout in zip(found, rollouts, strict=True):
         ids = leakage.written(rollout)
-        texts = {other.text.strip() for other, judged in zip(rollouts, verdicts, strict=True)
-                 if other.problem == rollout.problem and other.sample != rollout.sample and judged.status == "right"}
-        texts.discard("")
+        texts = [other.text.strip() for other, judged in zip(rollouts, verdicts, strict=True)
+                 if other.problem == rollout.problem and judged.status == "right" and other.text.strip()]
         have = [name for name in one.logp if name.startswith("demonstration/")]
-        assert len(have) == (len(texts) if ids else 0), (verdict, texts)
+        assert len(have) == (len(texts) if ids else 0), texts
         if not ids:
             continue
         expected = sorted(
             float(dense(backbone, ground.renderer.privileged(rollout.problem, config.block(text), []).token_ids,
                         ids).sum()) for text in texts)  # fmt: skip
         assert sorted(float(one.logp[name].sum()) for name in have) == pytest.approx(expected, abs=1e-3)
+    some = leakage.contexts(ground, rollouts, verdicts, 2, None)
+    for problem in {rollout.problem.id for rollout in rollouts}:
+        mine = [i for i, rollout in enumerate(rollouts) if rollout.problem.id == problem]
+        shown = [[some[f"demonstration/0{n}"][i] for n in (0, 1)] for i in mine]
+        assert all(each == shown[0] for each in shown) and len(some) == 6
 
 
 def test_the_reference_is_the_first_model_whatever_the_student_became(ground: Ground, home: Path, sampled: Any) -> None:
