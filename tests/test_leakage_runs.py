@@ -256,10 +256,14 @@ def test_a_saved_run_is_measured_before_and_after(home: Path, watched: Path, tmp
     assert found["diversity"]["after"]["token_entropy"] > 0 and "by position" in said.out
     assert lines(watched / "completions.jsonl") == rows  # nothing was sampled
     assert json.loads((watched / "measures.json").read_text()) == found
-    assert cli("eval", watched, "--diversity").code == 0  # the other part stays
+    assert cli("eval", watched, "eval.leakage.problems=3", "--diversity").code == 0  # the other part stays
     kept = json.loads((watched / "measures.json").read_text())
-    assert kept["leakage"] == found["leakage"] and kept["diversity"]["after"]["token_entropy"] is None
+    entropy = [each["diversity"]["after"].pop("token_entropy") for each in (kept, found)]
+    assert kept["leakage"] == found["leakage"] and entropy[0] == pytest.approx(entropy[1], abs=1e-6)
+    found["diversity"]["after"]["token_entropy"] = entropy[1]
     (watched / "measures.json").write_text(json.dumps(found))
+    assert (found["diversity"]["after"]["samples"], found["diversity"]["after"]["token_entropy_responses"]) == (8, 6)
+    assert "over the tokens of 6 of 8 responses" in said.out
     assert cli("report", watched, "--pictures", "--out", tmp_path / "drawn").code == 0
     assert {"entropy-by-position", "leakage-controls"} <= {path.stem for path in (tmp_path / "drawn").iterdir()}
     # The same by hand: what was said before training, under the model that the run began with.
@@ -289,5 +293,8 @@ def test_what_cannot_be_measured_is_refused(watched: Path, tmp_path: Path) -> No
     shutil.copytree(watched, folder)
     shutil.rmtree(folder / "final")
     assert "no final/ yet" in cli("eval", folder, "--leakage").err
+    said = cli("eval", folder, "--diversity")  # texts are measured all the same
+    assert said.code == 0 and "token entropy is left out, which needs the model: eval: the run" in said.out + said.err
+    assert "distinct_answer/all" in said.out and "token entropy, after: not known from texts alone" in said.out
     assert "is no run's folder" in cli("eval", tmp_path, "--leakage").err
     assert "another prompt" in cli("eval", watched, "data.answer=A", "--leakage").err
