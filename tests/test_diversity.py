@@ -300,8 +300,8 @@ def test_the_table_names_its_columns_and_signs_its_differences() -> None:
     fewer = [each | {"response": "the same"} for each in table_rows()]
     shown = list(lines({"diversity": diversity_of(table_rows(), fewer, None, "ngrams", lambda line: None)}))
     assert shown[1].split() == ["before", "after", "difference"]
-    distance = next(line for line in shown if line.split()[:1] == ["distance/all"])
-    assert [text[0] for text in distance.replace("distance/all", "").split()[::3]] == ["0", "0", "+"]
+    differ = next(line for line in shown if line.split()[:1] == ["text_differ/all"])
+    assert [text[0] for text in differ.split()[1::3]] == ["0", "0", "+"]
     assert all(line.index("[") == shown[1].index("before") + 6 for line in shown if line.startswith("  pass@1"))
     gap = {"value": -0.5, "low": -1.0, "high": 0.25, "problems": 2}
     side = {"gap": gap, "problems": 2, "samples": 2}

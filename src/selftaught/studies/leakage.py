@@ -128,7 +128,7 @@ def students_of(settings: Settings, seeds: Sequence[int]) -> list[Student]:
     """All of them, in the report's order; a run of GRPO is called by its folder's name. Raises UserError where a run
     has not ended, or two folders have one name.
     """
-    runs = []
+    runs: list[Student] = []
     for given in settings.grpo:
         final, name = Path(given) / "final", f"grpo-{Path(given).resolve().name}"
         files = sorted(final.glob("*.safetensors"))
