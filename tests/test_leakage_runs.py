@@ -252,7 +252,7 @@ def test_a_saved_run_is_measured_before_and_after(home: Path, watched: Path, tmp
     found = json.loads((tmp_path / "o.json").read_text())
     assert found["leakage"]["after"]["problems"] == 3 and found["leakage"]["after"]["samples"] == 6
     assert found["leakage"]["before"]["gap/empty"]["value"] == 0
-    assert found["leakage"]["difference"]["flagged"] is False and "no leakage found" in said.out
+    assert found["leakage"]["difference"]["flagged"] is False and "too few problems, 3, to tell" in said.out
     assert found["diversity"]["after"]["token_entropy"] > 0 and "by position" in said.out
     assert lines(watched / "completions.jsonl") == rows  # nothing was sampled
     assert json.loads((watched / "measures.json").read_text()) == found
@@ -283,10 +283,15 @@ def test_a_student_that_leans_is_flagged_on_the_command_line(watched: Path, tmp_
     shutil.copytree(watched, folder)
     rows = lines(folder / "completions.jsonl")
     (folder / "completions.jsonl").unlink()
+    run = load_run(str(watched / "run.yaml"))
+    problems = lay_ground(run.model_copy(update={"reward": None}), lambda line: None).dataset.train[:6]
     append_rows(folder / "completions.jsonl", [
-        {**row, "response": "As the hint says: 3"} if row["step"] == 4 else row for row in rows])  # fmt: skip
-    said = cli("eval", folder, "--leakage")
-    assert said.code == 0 and "LEAKAGE: " in said.out, said.err + said.out
+        {**next(row for row in rows if row["step"] == step), "problem": problem.id, "prompt": None, "response": text}
+        for step, text in ((0, "3"), (4, "As the hint says: 3")) for problem in problems])  # fmt: skip
+    said = cli("eval", folder, "eval.leakage.problems=6", "--leakage")
+    assert said.code == 0 and "LEAKAGE: " in said.out and "p = 0.031" in said.out, said.err + said.out
+    said = cli("eval", folder, "eval.leakage.problems=5", "--leakage")
+    assert "too few problems, 5, to tell" in said.out, said.err + said.out
 
 
 def test_what_cannot_be_measured_is_refused(watched: Path, tmp_path: Path) -> None:
@@ -296,6 +301,6 @@ def test_what_cannot_be_measured_is_refused(watched: Path, tmp_path: Path) -> No
     assert "no final/ yet" in cli("eval", folder, "--leakage").err
     said = cli("eval", folder, "--diversity")  # texts are measured all the same
     assert said.code == 0 and "token entropy is left out, which needs the model: eval: the run" in said.out + said.err
-    assert "distinct_answer/all" in said.out and "token entropy, after: not known from texts alone" in said.out
+    assert "text_differ/all" in said.out and "token entropy, after: not known from texts alone" in said.out
     assert "is no run's folder" in cli("eval", tmp_path, "--leakage").err
     assert "another prompt" in cli("eval", watched, "data.answer=A", "--leakage").err

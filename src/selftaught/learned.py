@@ -29,6 +29,7 @@ from selftaught.score import Backbone
 from selftaught.score.hub import load_model
 
 Row = Mapping[str, Any]
+FEWEST = 6  # problems: all of them rose by chance in 1 of 32 cases, of five in 1 of 16, and .05 is asked for
 
 
 def learned(run: str | None, overrides: Sequence[str], completions: Path | None, *, ks: Sequence[int] | None,
@@ -108,8 +109,8 @@ def diversity_of(after: Sequence[Row], before: Sequence[Row], ks: Sequence[int] 
         entropies = [one.entropy.tolist() for one in (scored or {}).get(side, ()) if one.entropy is not None]
         found[side] = summarise_diversity(rows, embed=embed, ks=ladder, entropies=entropies)
     if "before" in sides:
-        found["difference"] = differences(*(diversity_table(sides[side], embed=embed, ks=ladder)
-                                            for side in ("before", "after")))
+        found["difference"] = differences(diversity_table(sides["before"], embed=embed, ks=ladder),
+                                          diversity_table(sides["after"], embed=embed, ks=ladder))
     return {**found, "embedder": embedder}
 
 
@@ -180,7 +181,7 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _line(name: str, texts: Sequence[str]) -> str:
-    return f"  {name:28}" + "".join(f"{text:26}" for text in texts).rstrip()
+    return f"  {name:28}" + "".join(f"{text:28} " for text in texts).rstrip()
 
 
 def _entropy(sides: Mapping[str, Any]) -> Iterator[str]:
@@ -204,6 +205,8 @@ def _verdict(difference: Mapping[str, Any]) -> str:
         return (f"LEAKAGE: responses that lean on something that they were not shown rose by "
                 f"{100 * leaning['value']:.1f} points [{100 * leaning['low']:.1f}, {100 * leaning['high']:.1f}], "
                 f"p = {leaning['p']:.2g}")
+    if leaning["problems"] < FEWEST:
+        return f"too few problems, {leaning['problems']}, to tell whether leaning rose: the test needs {FEWEST}"
     return ("no leakage found: the share of leaning responses did not rise by more than chance allows "
             f"(p = {leaning['p']:.2g})")
 
