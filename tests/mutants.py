@@ -412,6 +412,20 @@ MUTANTS = [
         "test_leakage.py",
     ),
     Mutant(
+        "flagged_by_the_interval_alone",
+        "eval/leakage.py",
+        ' and found["p"] <= SIGNIFICANT',
+        "",
+        "test_leakage.py",
+    ),
+    Mutant(
+        "drift_is_information",
+        "eval/leakage.py",
+        'STUDENT if config.teacher == "live" else REFERENCE',
+        "STUDENT",
+        "test_leakage.py",
+    ),
+    Mutant(
         "prompts_own_hint_is_a_leak",
         "eval/leakage.py",
         "in compiled if not pattern.search(prompt)]",

@@ -23,6 +23,7 @@ from selftaught.eval import diversity as d
 from selftaught.eval import diversity_table, summarise_diversity
 from selftaught.eval.embed import embedder, hashed_ngrams, sentence_model
 from selftaught.eval.tables import differences, means
+from selftaught.learned import diversity_of, lines
 
 FEW = settings(max_examples=50, deadline=None)
 
@@ -86,7 +87,10 @@ def test_semantic_spread_equals_singular_values_and_a_double_loop() -> None:
     assert found["vendi"] == pytest.approx(math.exp(-(mass * np.log(mass)).sum()))
     assert found["distance"] == pytest.approx(loop)
     assert all(math.isnan(value) for value in d.semantic_spread(vectors[:1]).values())
-    assert d.semantic_spread(np.zeros((2, 4)))["distance"] == 1.0  # nothing to be alike in
+    blank = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])  # two that say nothing are alike
+    found = d.semantic_spread(blank)
+    assert found["distance"] == pytest.approx(5 / 6)  # of six pairs that one is equal
+    assert found["vendi"] == pytest.approx(math.exp(-(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25))))
 
 
 def slow_bleu(text: list[str], references: list[list[str]]) -> float:
@@ -246,10 +250,64 @@ def test_differences_are_paired_on_the_problems_and_measures_of_both() -> None:
 def test_too_few_samples_are_named() -> None:
     with pytest.raises(UserError, match="no completions"):
         diversity_table([])
-    with pytest.raises(UserError, match="k = 8, but a problem has 4 samples"):
+    with pytest.raises(UserError, match="k = 8: choose k from 1 to 4, the most samples that a problem has"):
         diversity_table(table_rows(), ks=(8,))
+    with pytest.raises(UserError, match="k = 0: choose k from 1"):
+        diversity_table(table_rows(), ks=(0, 2))
     with pytest.raises(UserError, match="one sample for each problem"):
         diversity_table([row("p", 0, True)])
+
+
+def test_a_problem_with_few_samples_takes_nothing_from_the_others() -> None:
+    said: list[str] = []
+    alone = row("p3", 0, True, "x 1")
+    full, found = summarise_diversity(table_rows()), summarise_diversity([*table_rows(), alone], warn=said.append)
+    assert full["extra"]["value"] == pytest.approx((1 - 3 / 4 + 1 - 1 / 4) / 3) and full["k"] == [1, 2, 4]
+    assert {name: found[name] for name in ("extra", "slope", "k")} == {name: full[name] for name in
+                                                                       ("extra", "slope", "k")}  # fmt: skip
+    assert (found["extra"]["problems"], found["pass@1"]["problems"]) == (3, 4)
+    assert said == ["K = 4: 1 problem with fewer samples left out of extra and slope: p3 (1)"]
+    found = summarise_diversity([*table_rows(), alone], ks=(2, 8), warn=(said := []).append)  # a k above all is named
+    assert found["k"] == [1, 2] and found["extra"]["problems"] == 3
+    assert said[0] == "k = 8: no problem has more than 4 samples; left out, and the rest counted"
+
+
+def test_both_sides_of_a_comparison_are_measured_at_one_k() -> None:
+    fewer = [each for each in table_rows() if each["sample"] < 2]
+    assert d.rungs([table_rows(), fewer]) == d.rungs([fewer, table_rows()]) == (1, 2)
+    found = diversity_of(table_rows(), fewer, None, "ngrams", lambda line: None)
+    assert found["before"]["k"] == found["after"]["k"] == [1, 2]
+    before, after = (diversity_table(rows, ks=(1, 2)) for rows in (fewer, table_rows()))
+    assert found["difference"]["extra"] == differences(before, after)["extra"]
+
+
+def test_what_has_no_text_or_no_score_is_left_out_and_several_models_are_refused() -> None:
+    said: list[str] = []
+    mute = [row("p0", 4, True, "None"), row("p0", 5, True, None)]  # a text may be that word
+    found = summarise_diversity([*table_rows(), mute[1]], warn=said.append)
+    assert found == summarise_diversity(table_rows()) and found["samples"] == 12
+    assert said == ["diversity: 1 row without a response left out: problem p0 sample 5"]
+    assert summarise_diversity([*table_rows(), mute[0]])["samples"] == 13
+    unjudged = [row("p4", i, False, "a") | {"score": None, "status": None} for i in range(4)]
+    assert summarise_diversity([*table_rows(), *unjudged]) == summarise_diversity(table_rows())
+    with pytest.raises(UserError, match="with a response and a score"):
+        summarise_diversity(unjudged)
+    with pytest.raises(UserError, match="rows of 2 evaluations at once"):
+        diversity_table([*table_rows(), row("p0", 0, True, model="other")])
+
+
+def test_the_table_names_its_columns_and_signs_its_differences() -> None:
+    fewer = [each | {"response": "the same"} for each in table_rows()]
+    shown = list(lines({"diversity": diversity_of(table_rows(), fewer, None, "ngrams", lambda line: None)}))
+    assert shown[1].split() == ["before", "after", "difference"]
+    differ = next(line for line in shown if line.split()[:1] == ["text_differ/all"])
+    assert [text[0] for text in differ.split()[1::3]] == ["0", "0", "+"]
+    assert all(line.index("[") == shown[1].index("before") + 6 for line in shown if line.startswith("  pass@1"))
+    gap = {"value": -0.5, "low": -1.0, "high": 0.25, "problems": 2}
+    side = {"gap": gap, "problems": 2, "samples": 2}
+    found = {"leakage": {"after": {**side, "new": gap}, "before": side, "difference": {"flagged": None}}}
+    assert [line.split() for line in lines(found)][2:4] == [
+        ["gap", *["-0.500", "[-1.000,", "0.250]"] * 2, "-"], ["new", "-", "-0.500", "[-1.000,", "0.250]", "-"]]
 
 
 def test_the_command_measures_a_file_and_says_what_entropy_is_not(tmp_path: Path) -> None:
@@ -259,6 +317,7 @@ def test_the_command_measures_a_file_and_says_what_entropy_is_not(tmp_path: Path
     assert said.code == 0 and "not diversity" in said.out and "not known from texts alone" in said.out, said.err
     found = json.loads(out.read_text())["diversity"]
     assert found["embedder"] == "ngrams" and found["after"]["distinct_answer/all"]["value"] == 3.0
+    assert "3 problems, 12 responses, K = 4" in said.out
     assert cli("eval", "--completions", path, "--leakage").code == 2
     assert cli("eval", tmp_path, "--diversity").code == 2
     assert cli("eval", "--completions", path, "--embedder", tmp_path).code == 2

@@ -203,12 +203,43 @@ def pcmi_of(text: str, student: float, shown: float, right: bool = True) -> Scor
 
 
 def test_sharpening_asks_whether_the_likelier_gains_more() -> None:
-    likely, rare = pcmi_of("a", -1.0, -0.2), pcmi_of("b", -3.0, -2.9)  # PCMI 0.8 and 0.1
-    assert k.sharpening([likely, rare]) == 1.0
-    assert k.sharpening([pcmi_of("a", -1.0, -0.9), pcmi_of("b", -3.0, -2.2)]) == 0.0
-    assert k.sharpening([pcmi_of("a", -1.0, -0.5), pcmi_of("b", -3.0, -2.5)]) == 0.5  # equal PCMI keeps the ratio
-    assert math.isnan(k.sharpening([likely, pcmi_of("a ", -1.0, -0.2)]))  # one text is no pair
-    assert math.isnan(k.sharpening([likely, pcmi_of("b", -3.0, -2.9, right=False)]))
+    likely, rare, config = pcmi_of("a", -1.0, -0.2), pcmi_of("b", -3.0, -2.9), LeakageConfig()  # PCMI 0.8 and 0.1
+    assert k.sharpening([likely, rare], config) == 1.0
+    assert k.sharpening([pcmi_of("a", -1.0, -0.9), pcmi_of("b", -3.0, -2.2)], config) == 0.0
+    assert k.sharpening([pcmi_of("a", -1.0, -0.5), pcmi_of("b", -3.0, -2.5)], config) == 0.5  # equal keeps the ratio
+    assert math.isnan(k.sharpening([likely, pcmi_of("a ", -1.0, -0.2)], config))  # one text is no pair
+    assert math.isnan(k.sharpening([likely, pcmi_of("b", -3.0, -2.9, right=False)], config))
+
+
+def test_a_copying_teacher_sharpens_under_demonstrations_that_are_as_frequent_as_their_texts() -> None:
+    """T(y | c) = .9 [y = c] + .1 p(y) with p = (.6, .3, .1): E i(y; c) = sum_c p(c) log T(y | c) / p(y) orders as p."""
+    p = np.array([0.6, 0.3, 0.1])
+    shown = [0] * 6 + [1] * 3 + [2]
+    group = [scored(text, logp={"student": np.log(p[[i]])} | {
+        f"demonstration/{n:02d}": np.log([0.9 * (i == c) + 0.1 * p[i]]) for n, c in enumerate(shown)})
+        for i, text in enumerate("abc")]  # fmt: skip
+    expected = [sum(p[c] * math.log((0.9 * (i == c) + 0.1 * p[i]) / p[i]) for c in range(3)) for i in range(3)]
+    found = [k.rollout_measures(one, LeakageConfig())["pcmi_demonstrations"] for one in group]
+    assert found == pytest.approx(expected) and expected == sorted(expected, reverse=True)
+    assert k.sharpening(group, LeakageConfig()) == 1.0
+
+
+def test_information_is_of_one_models_weights_and_holds_no_drift() -> None:
+    """The student drifted by 2 nats since the run began; its teacher of that time learns .5 from the privilege."""
+    first = {"reference": np.array([-1.0, -2.0]), "teacher/right": np.array([-0.5, -2.0]),
+             "demonstration/00": np.array([-1.0, -1.5]), "demonstration/01": np.array([-1.0, -2.0])}  # fmt: skip
+    one = scored("a", "b", logp={**first, "student": np.array([-0.5, -0.5])})
+    other = scored("c", logp={"student": np.array([-0.5]), "reference": np.array([-2.0]),
+                              "demonstration/00": np.array([-2.0]), "demonstration/01": np.array([-2.0])})  # fmt: skip
+    initial, live = LeakageConfig(teacher="initial"), LeakageConfig()
+    found = k.rollout_measures(one, initial)
+    assert (found["pcmi"], found["pcmi_demonstrations"]) == (0.5, 0.25)
+    assert found["gap/right"] == -0.75  # information less drift, a token
+    assert k.rollout_measures(one, live)["pcmi"] == -1.5
+    # `other` is likelier under both; it gains less by the first weights, and more by what mixes in the drift.
+    assert k.sharpening([one, other], initial) == 0.0 and k.sharpening([one, other], live) == 1.0
+    assert math.isnan(k.rollout_measures(scored("a", "b", logp={"student": np.zeros(2), "teacher/right": np.ones(2)}),
+                                         initial)["pcmi"])  # fmt: skip
 
 
 def test_problems_weigh_alike_however_many_samples_they_have() -> None:
@@ -218,13 +249,16 @@ def test_problems_weigh_alike_however_many_samples_they_have() -> None:
     assert summarise_leakage(rows, LeakageConfig())["leaning"]["value"] == 0.5
 
 
-def test_a_rise_of_leaning_is_flagged_only_where_its_whole_interval_is_above_zero() -> None:
+def test_a_rise_of_leaning_is_flagged_only_where_interval_and_test_both_say_so() -> None:
     def side(leaning: int) -> list[Scored]:
         return [scored("as the hint says" if p < leaning else "fine", problem=p) for p in range(40)]
 
     config = LeakageConfig()
     assert compare_leakage(side(0), side(12), config)["flagged"] is True
     assert compare_leakage(side(0), side(1), config)["flagged"] is False  # in a third of all draws nobody leans
+    rare = compare_leakage(side(0), side(4), config)  # the interval accuses, and chance does as much in one of eight
+    assert rare["leaning"]["low"] > 0 and rare["leaning"]["p"] == 0.125 and rare["flagged"] is False
+    assert compare_leakage(side(0), side(6), config)["leaning"]["p"] == 2 / 2**6
     assert compare_leakage(side(12), side(12), config)["leaning"]["value"] == 0
     assert compare_leakage(side(0), [scored("x", problem="other")], config)["flagged"] is None
 

@@ -85,23 +85,31 @@ def test_every_view_is_the_models_own_forward_pass_under_that_prompt(ground: Gro
     assert abs(gaps["gap/right"]["value"]) > 1e-3 and gaps["gap/empty"]["value"] == 0
 
 
-def test_demonstrations_are_other_right_responses_to_the_same_problem(ground: Ground, sampled: Any) -> None:
+def test_demonstrations_are_a_problems_right_responses_with_their_repeats_the_same_for_all(
+    ground: Ground, sampled: Any
+) -> None:
     backbone, rollouts, verdicts = sampled
-    found = score(ground, Models(backbone), rollouts, verdicts, LeakageConfig(demonstrations=3))
+    again = next(i for i, one in enumerate(rollouts) if one.text.strip() and verdicts[i].status == "right")
+    rollouts, verdicts = [*rollouts, replace(rollouts[again], sample=4)], [*verdicts, verdicts[again]]
+    found = score(ground, Models(backbone), rollouts, verdicts, LeakageConfig(demonstrations=9))
     config = privilege.PrivilegeConfig(kind="demonstration")
-    for one, rollout, verdict in zip(found, rollouts, verdicts, strict=True):
+    for one, rollout in zip(found, rollouts, strict=True):
         ids = leakage.written(rollout)
-        texts = {other.text.strip() for other, judged in zip(rollouts, verdicts, strict=True)
-                 if other.problem == rollout.problem and other.sample != rollout.sample and judged.status == "right"}
-        texts.discard("")
+        texts = [other.text.strip() for other, judged in zip(rollouts, verdicts, strict=True)
+                 if other.problem == rollout.problem and judged.status == "right" and other.text.strip()]
         have = [name for name in one.logp if name.startswith("demonstration/")]
-        assert len(have) == (len(texts) if ids else 0), (verdict, texts)
+        assert len(have) == (len(texts) if ids else 0), texts
         if not ids:
             continue
         expected = sorted(
             float(dense(backbone, ground.renderer.privileged(rollout.problem, config.block(text), []).token_ids,
                         ids).sum()) for text in texts)  # fmt: skip
         assert sorted(float(one.logp[name].sum()) for name in have) == pytest.approx(expected, abs=1e-3)
+    some = leakage.contexts(ground, rollouts, verdicts, 2, None)
+    for problem in {rollout.problem.id for rollout in rollouts}:
+        mine = [i for i, rollout in enumerate(rollouts) if rollout.problem.id == problem]
+        shown = [[some[f"demonstration/0{n}"][i] for n in (0, 1)] for i in mine]
+        assert all(each == shown[0] for each in shown) and len(some) == 6
 
 
 def test_the_reference_is_the_first_model_whatever_the_student_became(ground: Ground, home: Path, sampled: Any) -> None:
@@ -244,14 +252,19 @@ def test_a_saved_run_is_measured_before_and_after(home: Path, watched: Path, tmp
     found = json.loads((tmp_path / "o.json").read_text())
     assert found["leakage"]["after"]["problems"] == 3 and found["leakage"]["after"]["samples"] == 6
     assert found["leakage"]["before"]["gap/empty"]["value"] == 0
-    assert found["leakage"]["difference"]["flagged"] is False and "no leakage found" in said.out
+    assert found["leakage"]["difference"]["flagged"] is False and "too few problems, 3, to tell" in said.out
     assert found["diversity"]["after"]["token_entropy"] > 0 and "by position" in said.out
     assert lines(watched / "completions.jsonl") == rows  # nothing was sampled
     assert json.loads((watched / "measures.json").read_text()) == found
-    assert cli("eval", watched, "--diversity").code == 0  # the other part stays
+    assert cli("eval", watched, "eval.leakage.problems=3", "--diversity").code == 0  # the other part stays
     kept = json.loads((watched / "measures.json").read_text())
-    assert kept["leakage"] == found["leakage"] and kept["diversity"]["after"]["token_entropy"] is None
+    entropy = [each["diversity"]["after"].pop("token_entropy") for each in (kept, found)]
+    assert kept["leakage"] == found["leakage"] and entropy[0] == pytest.approx(entropy[1], abs=1e-6)
+    found["diversity"]["after"]["token_entropy"] = entropy[1]
     (watched / "measures.json").write_text(json.dumps(found))
+    spoken = sum(row["response"] != "" for row in [row for row in rows if row["step"] == 4][:6])
+    assert found["diversity"]["after"]["token_entropy_responses"] == spoken
+    assert f"over the tokens of {spoken} of 8 responses" in said.out
     assert cli("report", watched, "--pictures", "--out", tmp_path / "drawn").code == 0
     assert {"entropy-by-position", "leakage-controls"} <= {path.stem for path in (tmp_path / "drawn").iterdir()}
     # The same by hand: what was said before training, under the model that the run began with.
@@ -270,10 +283,15 @@ def test_a_student_that_leans_is_flagged_on_the_command_line(watched: Path, tmp_
     shutil.copytree(watched, folder)
     rows = lines(folder / "completions.jsonl")
     (folder / "completions.jsonl").unlink()
+    run = load_run(str(watched / "run.yaml"))
+    problems = lay_ground(run.model_copy(update={"reward": None}), lambda line: None).dataset.train[:6]
     append_rows(folder / "completions.jsonl", [
-        {**row, "response": "As the hint says: 3"} if row["step"] == 4 else row for row in rows])  # fmt: skip
-    said = cli("eval", folder, "--leakage")
-    assert said.code == 0 and "LEAKAGE: " in said.out, said.err + said.out
+        {**next(row for row in rows if row["step"] == step), "problem": problem.id, "prompt": None, "response": text}
+        for step, text in ((0, "3"), (4, "As the hint says: 3")) for problem in problems])  # fmt: skip
+    said = cli("eval", folder, "eval.leakage.problems=6", "--leakage")
+    assert said.code == 0 and "LEAKAGE: " in said.out and "p = 0.031" in said.out, said.err + said.out
+    said = cli("eval", folder, "eval.leakage.problems=5", "--leakage")
+    assert "too few problems, 5, to tell" in said.out, said.err + said.out
 
 
 def test_what_cannot_be_measured_is_refused(watched: Path, tmp_path: Path) -> None:
@@ -281,5 +299,8 @@ def test_what_cannot_be_measured_is_refused(watched: Path, tmp_path: Path) -> No
     shutil.copytree(watched, folder)
     shutil.rmtree(folder / "final")
     assert "no final/ yet" in cli("eval", folder, "--leakage").err
+    said = cli("eval", folder, "--diversity")  # texts are measured all the same
+    assert said.code == 0 and "token entropy is left out, which needs the model: eval: the run" in said.out + said.err
+    assert "text_differ/all" in said.out and "token entropy, after: not known from texts alone" in said.out
     assert "is no run's folder" in cli("eval", tmp_path, "--leakage").err
     assert "another prompt" in cli("eval", watched, "data.answer=A", "--leakage").err

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from own import cli
 from selftaught.assemble import load_engine
 from selftaught.errors import UserError
+from selftaught.eval.auroc import delong, paired_bootstrap
 from selftaught.eval.leakage import mentions
 from selftaught.records import Problem
 from selftaught.score import Backbone
@@ -79,9 +81,9 @@ def rate(share: float, seed: int, problems: int = 60) -> list[float]:
 
 
 def made(skill: float = 0.3) -> list[dict[str, Any]]:
-    """Two seeds of four students that lean as planted, and three others; their skill is the same for all."""
+    """Two seeds of four students that lean as planted, and four others; their skill is the same for all."""
     able = rate(skill, 99)
-    found = [student("base", -1, 0, [0.0] * 60, **{"pass@1": able}), student("grpo", -1, 0, [0.0] * 60)]
+    found = [student(name, -1, 0, [0.0] * 60, **{"pass@1": able}) for name in ("base", "base-again", "grpo-a")]
     return found + [student(f"planted-{share:g}-{seed}", share, seed, rate(share, 10 * seed + i), **{"pass@1": able})
                     for seed in (0, 1) for i, share in enumerate((0.0, 0.05, 0.2, 0.5))]  # fmt: skip
 
@@ -90,13 +92,27 @@ def test_students_that_lean_as_planted_are_ranked_and_flagged_and_the_others_are
     found = ranking.analysed(made())
     rank = found["ranking"]["leaning"]
     assert (rank["in_order"], rank["seeds"]) == (2, 2) and rank["auroc"]["value"] == 1.0
-    assert rank["auroc"]["low"] == pytest.approx(0.025 ** (1 / 4))  # six against four: as sure as four can be
+    assert rank["auroc"]["low"] == pytest.approx(0.025 ** (1 / 4))  # six against four: as sure as four can be; the base
+    assert (rank["auroc"]["contaminated"], rank["auroc"]["others"]) == (6, 4)  # model counts once
+    assert rank["auroc"]["best_low"] == rank["auroc"]["low"]
     assert rank["tau"] == pytest.approx(24 / math.sqrt(24 * 27))  # 24 pairs differ in share, and 27 in score: all but
     assert (rank["auroc"]["problems_low"], rank["auroc"]["problems_high"]) == (1.0, 1.0)  # the two clean ones
     flagged = {row["name"] for row in found["students"] if row["flagged"]}
     assert flagged == {row["name"] for row in found["students"] if row["share"] > 0}
     skill = found["ranking"]["pass@1"]
     assert skill["in_order"] == 0 and 0 < skill["auroc"]["value"] < 1
+    assert skill["auroc"]["best_low"] == rank["auroc"]["best_low"]
+
+
+def test_the_base_model_sampled_anew_is_judged_as_any_student_is() -> None:
+    """What is compared with itself says nothing: only the second sample can show a false accusation."""
+    for rose, flagged in ((0, False), (4, False), (5, False), (6, True)):  # of 96, and none fell: p = 2 / 2^rose
+        again = student("base-again", -1, 0, [0.25] * rose + [0.0] * (96 - rose))
+        rows = ranking.analysed([student("base", -1, 0, [0.0] * 96), again, student("c", 0.0, 0, [0.0] * 96),
+                                 student("d", 0.5, 0, [0.5] * 96)])["students"]  # fmt: skip
+        assert rows[0]["flagged"] is None and rows[0]["over_base"] is None
+        assert rows[1]["flagged"] is flagged and rows[1]["over_base"]["p"] == min(1, 2 / 2**rose)
+        assert (rows[1]["over_base"]["low"] > 0) == (rose >= 4)  # so the interval alone flagged four
 
 
 def test_the_interval_over_problems_draws_the_same_problems_for_every_student() -> None:
@@ -118,16 +134,27 @@ def test_auroc_by_problem_is_what_the_share_allows() -> None:
     found = ranking.analysed(many)["students"][2]["auroc"]["leaning"]
     assert found["value"] == pytest.approx(0.5 + (1 - 0.8**4) / 2, abs=0.03)
     assert found["low"] < found["value"] < found["high"] and found["problems"] == 1500
-    assert found["paired_low"] < found["value"] < found["paired_high"]
+
+
+def test_auroc_by_problem_has_the_interval_of_problems_that_both_sides_share() -> None:
+    clean = rate(0.5, 1, 40)
+    more = [value + 0.01 for value in clean]  # each problem a little higher: far surer than of forty others
+    found = ranking.analysed([student("base", -1, 0, clean), student("c", 0.0, 0, clean),
+                              student("d", 0.5, 0, more)])["students"][2]["auroc"]["leaning"]  # fmt: skip
+    assert (found["value"], found["low"], found["high"]) == paired_bootstrap(more, clean)
+    low, high = delong(more, clean)[1:]
+    assert found["high"] - found["low"] < 0.8 * (high - low)
 
 
 def test_the_report_says_who_was_flagged_and_who_was_missed(tmp_path: Path) -> None:
     students = made()
-    students[1] = student("grpo", -1, 0, rate(0.4, 3))  # an innocent who is accused
-    students[3]["table"][2][:, 0] = 0  # and a guilty one who is not
+    students[2] = student("grpo-a", -1, 0, rate(0.4, 3))  # an innocent who is accused
+    students[4]["table"][2][:, 0] = 0  # and a guilty one who is not
     table = ranking.write(tmp_path, students, {"problems": 60})
     assert "Flagged: 5 of 6 contaminated students (not flagged: planted-0.05-0)" in table
-    assert "and 1 of 3 others (flagged: grpo)" in table
+    assert "and 1 of 4 others (flagged: grpo-a)" in table
+    assert "Tests made: 10, one for each student but `base`" in table and "10 x 0.025 = 0.25 of them" in table
+    assert "Even perfect separation of 6 from 4 students shows no more than an AUROC of at least 0.40." in table
     assert table in (tmp_path / "report.md").read_text() and (tmp_path / "scores.png").stat().st_size > 5000
     assert json.loads((tmp_path / "results.json").read_text())["ranking"]["leaning"]["in_order"] == 1
 
@@ -143,10 +170,13 @@ def test_the_smoke_study_runs_through_and_makes_only_what_is_missing(
     monkeypatch.setattr(study, "BASE_STEPS", 2)
     out, said = tmp_path / "study", list[str]()
     table = study.run(out, said.append, seeds=(0,), smoke=True, overrides=SMALL)
-    names = ("base", "grpo", "planted-0-0", "planted-0.5-0")
+    names = ("base", "base-again", "grpo-tiny", "planted-0-0", "planted-0.5-0")
     assert all(f"| {name} |" in table for name in names) and (out / "report.md").is_file()
     kept = {name: (out / f"{name}.json").read_text() for name in names}
     first = json.loads(kept["base"])
+    texts = [[json.loads(line)["response"] for line in (out / f"{name}.completions.jsonl").read_text().splitlines()]
+             for name in names[:2]]
+    assert len(texts[0]) == len(texts[1]) == 6 and texts[0] != texts[1]  # the same model, other random numbers
     gap = [row[first["measures"].index("gap/right")] for row in first["values"]]
     evidence = [row[first["measures"].index("evidence")] for row in first["values"]]
     assert [value is None for value in gap] == [False, False, True]  # `full` problems under every view
@@ -165,6 +195,13 @@ def test_the_smoke_study_runs_through_and_makes_only_what_is_missing(
     assert len(made) == 1 and (out / "base.json").read_text() == kept["base"]
     again = json.loads((out / "planted-0.5-0.json").read_text())
     assert {**again, "seconds": 0} == {**json.loads(kept["planted-0.5-0"]), "seconds": 0}  # and to the same numbers
+    # Another run of the same name is another student: its kept table is not used.
+    weights = out / "tiny" / "final" / "model.safetensors"
+    other = {name: value * 1.01 for name, value in load_file(weights).items()}
+    save_file(other, weights, {"format": "pt"})
+    made.clear()
+    study.run(out, said.append, seeds=(0,), smoke=True, overrides=SMALL)
+    assert made == [str(out / "tiny" / "final")]
     with pytest.raises(UserError, match="was made with problems = 3, not 4"):
         study.run(out, said.append, seeds=(0,), smoke=True, overrides=[*SMALL, "problems=4"])
 
@@ -176,5 +213,24 @@ def test_settings_that_cannot_be_are_refused() -> None:
         study.settings_of(["shares=[0.1, 0.5]"], False)
     with pytest.raises(UserError, match="texts = 1"):
         study.settings_of(["texts=1"], False)
-    assert study.settings_of(["grpo=runs/x"], True).grpo == "runs/x"
+    assert study.settings_of(["grpo=runs/x, runs/y"], True).grpo == ("runs/x", "runs/y")
+    assert study.settings_of([], True).grpo == study.settings_of(["grpo="], True).grpo == ()
     assert "did you mean 'leakage'" in cli("study", "leekage").err
+
+
+def test_each_grpo_run_is_a_student_known_by_its_weights(tmp_path: Path) -> None:
+    for place in ("a", "b", "c/a"):
+        (tmp_path / place / "final").mkdir(parents=True)
+        (tmp_path / place / "final" / "model.safetensors").write_text(place)
+    both = study.students_of(study.Settings(grpo=f"{tmp_path}/a,{tmp_path}/b"), (0, 1))
+    assert [one.name for one in both] == ["base", "base-again", "grpo-a", "grpo-b", *(
+        f"planted-{share}-{seed}" for seed in (0, 1) for share in ("0", "0.05", "0.2", "0.5"))]
+    assert both[2].weights != both[3].weights and both[3].folder == str(tmp_path / "b" / "final")
+    (tmp_path / "grpo-a.json").write_text(json.dumps({"weights": both[2].weights}))
+    assert study._kept(tmp_path, both[2])
+    (moved,) = study.students_of(study.Settings(grpo=f"{tmp_path}/c/a"), ())[2:3]
+    assert moved.name == "grpo-a" and not study._kept(tmp_path, moved)
+    with pytest.raises(UserError, match="two runs whose folders have this name"):
+        study.students_of(study.Settings(grpo=f"{tmp_path}/a,{tmp_path}/c/a"), ())
+    with pytest.raises(UserError, match="no weights in its final/"):
+        study.students_of(study.Settings(grpo=f"{tmp_path}/nowhere"), ())

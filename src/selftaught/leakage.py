@@ -6,6 +6,7 @@ are stands in `eval/leakage.py`.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def written(rollout: Rollout) -> tuple[int, ...]:
 
 def contexts(ground: Ground, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], demonstrations: int,
              room: int | None) -> dict[str, list[Privilege | None]]:
-    """What each rollout's teacher is shown, by arm; and `demonstrations` right siblings, one at a time."""
+    """What each rollout's teacher is shown, by arm; and `demonstrations` right responses, one at a time."""
     config, renderer, seed = config_of(ground), ground.renderer, ground.run.seed
     problems = list({rollout.problem.id: rollout.problem for rollout in rollouts}.values())
     found: dict[str, list[Privilege | None]] = {}
@@ -78,14 +79,32 @@ def contexts(ground: Ground, rollouts: Sequence[Rollout], verdicts: Sequence[Ver
                                        seed=seed, step=step, room=room)
         by_id = {problem.id: one for problem, one in zip(problems, given, strict=True)}
         found[arm] = [by_id[rollout.problem.id] for rollout in rollouts]
-    if demonstrations:
-        own = config.template if config.base == "demonstration" else None
-        shown = PrivilegeConfig(kind="demonstration", count=demonstrations, choose="random", template=own)
-        given = privilege.build(shown, rollouts, verdicts, ground.dataset.train, renderer, seed=seed, step=EVALUATION,
-                                room=room)
-        every = [[] if one is None else [one, *one.others] for one in given]
-        for k in range(demonstrations):
-            found[f"{DEMONSTRATION}{k:02d}"] = [own[k] if k < len(own) else None for own in every]
+    return found | _demonstrated(ground, rollouts, verdicts, demonstrations, room)
+
+
+def _demonstrated(ground: Ground, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], count: int,
+                  room: int | None) -> dict[str, list[Privilege | None]]:
+    """Up to `count` right responses to each problem, drawn without return, shown to all responses to it alike.
+
+    The expectation of PCMI is over demonstrations as the policy writes them, whichever response is scored: so equal
+    texts count as often as they were drawn, and a response may be shown to itself.
+    """
+    config = config_of(ground)
+    own = config.template if config.base == "demonstration" else None
+    shown = PrivilegeConfig(kind="demonstration", exclude_self=False, template=own)
+    right: dict[str, list[tuple[Rollout, Verdict]]] = {}
+    for rollout, verdict in zip(rollouts, verdicts, strict=True):
+        if verdict.score is not None and verdict.status == "right" and rollout.text.strip():
+            right.setdefault(rollout.problem.id, []).append((rollout, verdict))
+    drawn = {problem: random.Random(f"{ground.run.seed}/demonstrations/{problem}").sample(each, min(count, len(each)))
+             for problem, each in right.items()}
+    found: dict[str, list[Privilege | None]] = {}
+    for k in range(count):
+        kth = [each[k] for each in drawn.values() if k < len(each)]  # one of each problem: it is shown itself alone
+        given = privilege.build(shown, [rollout for rollout, _ in kth], [verdict for _, verdict in kth],
+                                ground.dataset.train, ground.renderer, seed=ground.run.seed, step=EVALUATION, room=room)
+        by_id = {rollout.problem.id: one for (rollout, _), one in zip(kth, given, strict=True)}
+        found[f"{DEMONSTRATION}{k:02d}"] = [by_id.get(rollout.problem.id) for rollout in rollouts]
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from selftaught.errors import UserError
 from selftaught.eval import read_rows, summarise
+from selftaught.eval.diversity import ladder, usual_samples
 from selftaught.eval.rows import STUDENT, evaluations
 from selftaught.records import Say
 from selftaught.report import plots
@@ -64,7 +65,9 @@ def write_pictures(folders: Sequence[Path], out: Path, say: Say) -> Path:
 
 
 def measured(folder: Path, say: Say) -> Measured:
-    """The measures of one run: its first and its last evaluation of the student, over a ladder of k."""
+    """The measures of one run: its first and its last evaluation of the student, over a ladder of k up to the number of
+    samples that most problems have; one with fewer is left out above that.
+    """
     run, found = read_run(folder), {}
     if (folder / "completions.jsonl").is_file():
         kinds = evaluations(row for row in read_rows(folder / "completions.jsonl", say) if row["arm"] == STUDENT)
@@ -72,13 +75,8 @@ def measured(folder: Path, say: Say) -> Measured:
         for side, kind in zip(("after", "before"), (steps[-1], steps[0])[: len(steps)], strict=False):
             rows = kinds[kind]
             if any(row["score"] is not None for row in rows):
-                found[side] = summarise(rows, ladder(min(Counter(row["problem"] for row in rows).values())))
+                found[side] = summarise(rows, ladder(usual_samples(rows)))
     return Measured(run, found.get("before", {}), found.get("after", {}))
-
-
-def ladder(samples: int) -> list[int]:
-    """1, 2, 4, ... and the number of samples itself."""
-    return sorted({*(2**power for power in range(samples.bit_length()) if 2**power <= samples), samples})
 
 
 def of_runs(runs: Mapping[str, Measured]) -> list[plots.Picture]:

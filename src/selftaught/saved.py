@@ -29,13 +29,13 @@ def measure_file(path: Path, ks: Sequence[int] | None, warn: Say) -> dict[str, A
     Without `ks`, those of one sample and of all samples. A k that is too large, for some problems or for all, is named
     through `warn` and the rest counted. Raises UserError where nothing is left.
     """
-    rows = _chosen(read_rows(_file(path), warn))
+    rows = chosen(read_rows(_file(path), warn))
     return summarise(rows, _ladder([rows], ks, warn))
 
 
 def compare_files(before: Path, after: Path, ks: Sequence[int] | None, warn: Say) -> dict[str, Any]:
     """Paired differences, `after` minus `before`, on the problems of both: see `eval.compare`."""
-    old, new = (_chosen(read_rows(_file(path), warn)) for path in (before, after))
+    old, new = (chosen(read_rows(_file(path), warn)) for path in (before, after))
     found = compare(old, new, _ladder([old, new], ks, warn))
     first, second = ({str(row["problem"]) for row in rows} for rows in (old, new))
     for path, alone in ((before, first - second), (after, second - first)):
@@ -92,7 +92,7 @@ def _file(path: Path) -> Path:
     return path / "completions.jsonl" if path.is_dir() else path
 
 
-def _chosen(rows: Sequence[Row]) -> list[Row]:
+def chosen(rows: Sequence[Row]) -> list[Row]:
     """The one evaluation that is measured: the student's latest step, or that of the only arm there is."""
     arms = {arm for _, arm, _ in evaluations(rows)}
     return select(rows, arm=arms.pop()) if len(arms) == 1 else select(rows)

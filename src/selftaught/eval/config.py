@@ -23,8 +23,9 @@ class LeakageConfig(Section):
     problems: int = Field(32, ge=1, description="problems that are measured, the first so many")
     samples: int = Field(4, ge=1, description="responses to each, the first so many")
     demonstrations: int = Field(
-        0, ge=0, le=64, description="right responses to the same problem that are shown one at a time, for the spread "
-        "of the pointwise conditional mutual information; 0: none, and at least 2 for a spread")
+        0, ge=0, le=64, description="right responses to a problem, drawn at random with their repeats, that are shown "
+        "one at a time to all its responses, for the pointwise conditional mutual information; 0: none, and at least 2 "
+        "for a spread")
     teacher: Literal["live", "initial"] = Field(
         "live", description="weights that see the privilege: the measured model's own, or those the run began with")
     evidence: float = Field(20.0, gt=1, description="likelihood ratio from which a wording counts as leaning on a "

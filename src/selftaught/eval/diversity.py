@@ -22,7 +22,10 @@ from numpy.typing import NDArray
 
 from selftaught.errors import UserError
 from selftaught.eval.measures import is_right, pass_at_k
+from selftaught.eval.rows import count_of, refuse_several, some_of
+from selftaught.eval.summary import too_few
 from selftaught.eval.tables import Table, means
+from selftaught.records import Say
 
 Row = Mapping[str, Any]
 Array = NDArray[np.float64]
@@ -57,12 +60,44 @@ def functional(right: Sequence[bool], ks: Sequence[int]) -> dict[str, float]:
 
     extra: pass@K - pass@1 for the largest K. slope: of pass@k over log2 k, over all `ks`. only_by_extra: 1 where some
     sample is right but fewer than half are, so that one sample alone would more likely miss; else 0.
-    A ceiling flattens every curve: read them beside pass@1.
+    A ceiling flattens every curve: read them beside pass@1. extra and slope are NaN for fewer than K samples.
     """
     n, c = len(right), sum(right)
-    curve = [pass_at_k(n, c, k) for k in ks]
+    curve = [pass_at_k(n, c, k) if n >= ks[-1] else math.nan for k in ks]
     return {"pass@1": c / n, "extra": curve[-1] - c / n, "slope": slope(curve, ks),
             "only_by_extra": float(0 < c < n / 2)}
+
+
+def usual_samples(rows: Iterable[Row]) -> int:
+    """The number of samples that most problems have; of two that are as common, the larger."""
+    problems = Counter(Counter(row["problem"] for row in rows).values())
+    return max(problems, key=lambda n: (problems[n], n))
+
+
+def rungs(sides: Sequence[Sequence[Row]], ks: Iterable[int] = (), warn: Say = lambda line: None) -> tuple[int, ...]:
+    """The k, from 1 to the same K, that all sides are measured at: `ks`, or 1, 2, 4, ... up to the number of samples
+    that most problems have, on the side where that is less.
+
+    A k above every problem's number of samples, and the problems with fewer than K, are named through `warn`. Raises
+    UserError where nothing is left, or no problem has two samples.
+    """
+    most = min(max(Counter(row["problem"] for row in rows).values()) for rows in sides)
+    if most < 2:
+        raise UserError("diversity: one sample for each problem cannot differ from another; draw more, for example "
+                        "eval.samples=8")
+    asked = tuple(sorted(set(ks))) or ladder(max(2, min(map(usual_samples, sides))))
+    kept = [k for k in asked if k <= most]
+    if asked[0] < 1 or not kept:
+        raise UserError(f"diversity: k = {asked[0]}: choose k from 1 to {most}, the most samples that a problem has, "
+                        "or draw more")
+    for k in asked[len(kept) :]:
+        warn(f"k = {k}: no problem has more than {most} samples; left out, and the rest counted")
+    for rows in sides:
+        for k, short in too_few(rows, kept[-1:]).items():
+            named = [f"{problem} ({n})" for problem, n in short]
+            warn(f"K = {k}: {count_of(named, 'problem')} with fewer samples left out of extra and slope: "
+                 f"{some_of(named)}")
+    return tuple(dict.fromkeys((1, *kept)))
 
 
 # ------------------------------------------------------------------------------------------------- distinct things
@@ -106,7 +141,9 @@ def semantic_spread(vectors_nD: Array) -> dict[str, float]:
     norms = np.linalg.norm(vectors_nD, axis=1, keepdims=True)
     unit = vectors_nD / np.where(norms > 0, norms, 1.0)
     kernel = unit @ unit.T
-    np.fill_diagonal(kernel, 1.0)  # a text without any feature is like itself and like nothing else
+    blank = norms[:, 0] == 0
+    kernel[np.outer(blank, blank)] = 1.0  # texts without any feature are all alike, and like nothing else
+    np.fill_diagonal(kernel, 1.0)
     return {"distance": float((n * n - kernel.sum()) / (n * (n - 1))), "vendi": vendi_score(kernel)}
 
 
@@ -194,27 +231,36 @@ def entropy_by_position(entropies: Sequence[Sequence[float]], edges: Sequence[in
 # --------------------------------------------------------------------------------------------------------- summary
 
 
-def diversity_table(rows: Sequence[Row], *, embed: Embed | None = None, ks: Iterable[int] = (), threshold: float = 1.0
-                    ) -> Table:
+def countable(rows: Sequence[Row], warn: Say = lambda line: None) -> list[Row]:
+    """The rows of one evaluation that have a text, on problems of which some sample has a score.
+
+    Rows without a response are named through `warn`; the problems that nobody judged, `read_rows` names. Raises
+    UserError for rows of several evaluations, and where none is left.
+    """
+    refuse_several(rows)
+    lacking = [f"problem {row['problem']} sample {row['sample']}" for row in rows if row.get("response") is None]
+    if lacking:
+        warn(f"diversity: {count_of(lacking, 'row')} without a response left out: {some_of(lacking)}")
+    told = [row for row in rows if row.get("response") is not None]
+    judged = {row["problem"] for row in told if row["score"] is not None}
+    if not judged:
+        raise UserError("diversity: no completions to measure, with a response and a score; sample some first, or "
+                        "score them with a verifier")
+    return [row for row in told if row["problem"] in judged]
+
+
+def diversity_table(rows: Sequence[Row], *, embed: Embed | None = None, ks: Iterable[int] = (), threshold: float = 1.0,
+                    warn: Say = lambda line: None) -> Table:
     """Problems, names of the measures, and their (P, M) values, NaN where a problem has none.
 
-    Names end in `/all` or `/right`, but for those of `functional`, which are of right and wrong together.
-    Raises UserError: no rows, or a problem with fewer samples than the largest k.
+    Names end in `/all` or `/right`, but for those of `functional`, which are of right and wrong together. What is left
+    out, and what `warn` and a UserError say of it: see `countable` and `rungs`.
     """
     groups: dict[Any, list[Row]] = {}
+    rows = countable(rows, warn)
     for row in rows:
         groups.setdefault(row["problem"], []).append(row)
-    if not groups:
-        raise UserError("diversity: no completions to measure; sample some first")
-    fewest = min(map(len, groups.values()))
-    ks = tuple(sorted(set(ks) or set(ladder(fewest))))
-    if ks[0] < 1 or ks[-1] > fewest:
-        raise UserError(f"diversity: k = {ks[-1] if ks[-1] > fewest else ks[0]}, but a problem has {fewest} samples; "
-                        "choose k from 1 to that, or draw more samples")
-    if fewest < 2 and max(map(len, groups.values())) < 2:
-        raise UserError("diversity: one sample for each problem cannot differ from another; draw more, for example "
-                        "eval.samples=8")
-    ks = ks if ks[0] == 1 else (1, *ks)
+    ks = rungs([rows], ks, warn)
     tables = []
     for mine in groups.values():
         mine = sorted(mine, key=lambda row: (str(row.get("seed")), row["sample"]))
@@ -244,18 +290,22 @@ def _of_samples(rows: Sequence[Row], vectors_nD: Array | None) -> dict[str, floa
 
 
 def summarise_diversity(rows: Sequence[Row], *, embed: Embed | None = None, ks: Iterable[int] = (),
-                        entropies: Sequence[Sequence[float]] | None = None, seed: int = 0, threshold: float = 1.0
-                        ) -> dict[str, Any]:
+                        entropies: Sequence[Sequence[float]] | None = None, seed: int = 0, threshold: float = 1.0,
+                        warn: Say = lambda line: None) -> dict[str, Any]:
     """Every measure as {value, low, high, problems}: the mean over the problems that have it, its 95 % interval.
 
-    `entropies`, one sequence of nats for each response, adds `token_entropy` (mean over tokens) and
-    `token_entropy_by_position`. Without it both are None: texts alone do not say. `note` says what entropy is not.
+    `k` are those of `extra` and `slope`. `entropies`, one sequence of nats for each response, adds `token_entropy`
+    (mean over tokens), `token_entropy_by_position` and `token_entropy_responses`, on how many it rests. Without it the
+    first two are None: texts alone do not say. `note` says what entropy is not.
     """
+    rows = countable(rows, warn)
+    ks = rungs([rows], ks, warn)
     table = diversity_table(rows, embed=embed, ks=ks, threshold=threshold)
     found: dict[str, Any] = dict(means(table, seed))
-    found["problems"], found["samples"] = len(table[0]), len(rows)
+    found["problems"], found["samples"], found["k"] = len(table[0]), len(rows), list(ks)
     tokens = [value for one in entropies or () for value in one]
     found["token_entropy"] = float(np.mean(tokens)) if tokens else None
     found["token_entropy_by_position"] = entropy_by_position(entropies) if entropies and tokens else None
+    found["token_entropy_responses"] = len(entropies or ())
     found["note"] = NOT_DIVERSITY
     return found

@@ -34,8 +34,9 @@ from numpy.typing import NDArray
 
 from selftaught.eval.config import LeakageConfig
 from selftaught.eval.copies import longest_copy
+from selftaught.eval.intervals import permutation_test
 from selftaught.eval.lexicon import MENTIONS, STYLE_WORDS
-from selftaught.eval.tables import Table, differences, means
+from selftaught.eval.tables import Table, changes, differences, means
 
 Array = NDArray[np.float64]
 Span = tuple[int, int]
@@ -43,6 +44,7 @@ Span = tuple[int, int]
 ARMS: tuple[Literal["right", "wrong", "other_problem", "empty"], ...] = ("right", "wrong", "other_problem", "empty")
 STUDENT, REFERENCE, REFERENCE_WRONG = "student", "reference", "reference/wrong"
 DEMONSTRATION = "demonstration/"
+SIGNIFICANT = 0.05  # of the permutation test that a rise must pass to be flagged
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 # Signs that carry the task in formulas and code; all other signs and all blanks are style.
 TASK_SIGNS = frozenset("+-*/=<>^%$\\{}[]()|&~#@_")
@@ -156,7 +158,8 @@ def rollout_measures(one: Scored, config: LeakageConfig) -> dict[str, float]:
     knows        gap/right - gap/wrong: the part that knows the answer; the rest is common to any privilege
     answer_share, style_share    of sum |log T - log S| under the right privilege, that on those tokens
     gap_answer, gap_style, gap_task    its mean on the tokens of each class: nats per token
-    pcmi         i(y; c | x) = log p(y | x, c) - log p(y | x), the sum over tokens: nats (arXiv 2606.26091, Prop. 2)
+    pcmi         i(y; c | x) = log p(y | x, c) - log p(y | x), the sum over tokens: nats (arXiv 2606.26091, Prop. 2);
+                 both under the teacher's weights: of an initial teacher the gap holds the student's drift too
     pcmi_demonstrations, pcmi_spread    over the demonstrations c: mean and standard deviation (n - 1)
     evidence     log e of the module's docstring: nats;  mention: 1 where the text mentions an unseen reference
     leaning      1 where it mentions one, or e >= `evidence`
@@ -170,9 +173,11 @@ def rollout_measures(one: Scored, config: LeakageConfig) -> dict[str, float]:
     found = {f"gap/{arm}": _mean(gaps.get(arm)) for arm in ARMS}
     found["knows"] = found["gap/right"] - found["gap/wrong"]
     found |= _shares(gaps.get("right"), answer, style)
-    found["pcmi"] = float(gaps["right"].sum()) if "right" in gaps else math.nan
-    shown = [float((value - student).sum()) for name, value in sorted(logp.items())
-             if student is not None and name.startswith(DEMONSTRATION)]
+    plain = logp.get(_plain(config))
+    found["pcmi"] = math.nan
+    if plain is not None and "teacher/right" in logp:
+        found["pcmi"] = float((logp["teacher/right"] - plain).sum())
+    shown = _information(logp, plain)
     found["pcmi_demonstrations"] = float(np.mean(shown)) if shown else math.nan
     found["pcmi_spread"] = float(np.std(shown, ddof=1)) if len(shown) > 1 else math.nan
     found["evidence"] = math.nan
@@ -194,6 +199,17 @@ def rollout_measures(one: Scored, config: LeakageConfig) -> dict[str, float]:
     return found
 
 
+def _plain(config: LeakageConfig) -> str:
+    """The view that has the teacher's weights and no privilege."""
+    return STUDENT if config.teacher == "live" else REFERENCE
+
+
+def _information(logp: Mapping[str, Array], plain: Array | None) -> list[float]:
+    """i(y; c | x) for each demonstration c, a repeated one as often as it was drawn."""
+    return [float((value - plain).sum()) for name, value in sorted(logp.items())
+            if plain is not None and name.startswith(DEMONSTRATION)]
+
+
 def _shares(gap: Array | None, answer: NDArray[np.bool_], style: NDArray[np.bool_]) -> dict[str, float]:
     names = ("answer_share", "style_share", "gap_answer", "gap_style", "gap_task")
     if gap is None or not gap.size:
@@ -209,17 +225,17 @@ def _mean(values: Array | None) -> float:
     return float(values.mean()) if values is not None and values.size else math.nan
 
 
-def sharpening(group: Sequence[Scored]) -> float:
+def sharpening(group: Sequence[Scored], config: LeakageConfig) -> float:
     """Among pairs of right responses to one problem with different texts: how often the likelier one has the larger
-    expected PCMI over demonstrations. 0.5: distillation keeps their ratio; above: it sharpens (arXiv 2606.26091,
-    Remark 1). A tie counts half. NaN without such a pair.
+    expected PCMI over demonstrations, both under the teacher's weights. 0.5: distillation keeps their ratio; above: it
+    sharpens (arXiv 2606.26091, Remark 1). A tie counts half. NaN without such a pair. All responses must have been
+    scored under the same demonstrations, a text among them as often as the policy wrote it: the remark's expectation.
     """
     texts: dict[str, tuple[float, float]] = {}
     for one in group:
-        shown = [value for name, value in one.logp.items() if name.startswith(DEMONSTRATION)]
-        if one.right and shown and STUDENT in one.logp:
-            own = float(one.logp[STUDENT].sum())
-            texts.setdefault(one.response.strip(), (own, float(np.mean([value.sum() for value in shown])) - own))
+        plain = one.logp.get(_plain(config))
+        if one.right and plain is not None and (shown := _information(one.logp, plain)):
+            texts.setdefault(one.response.strip(), (float(plain.sum()), float(np.mean(shown))))
     votes = [0.5 * (1 + math.copysign(1, (p - q) * (i - j))) if (p - q) * (i - j) else 0.5
              for (p, i), (q, j) in combinations(texts.values(), 2)]
     return float(np.mean(votes)) if votes else math.nan
@@ -241,7 +257,7 @@ def leakage_table(scored: Sequence[Scored], config: LeakageConfig) -> Table:
         values = np.array([[measures[name] for name in names] for measures in each])
         counted = np.isfinite(values).sum(0)
         means = np.where(counted > 0, np.nansum(values, 0) / np.maximum(counted, 1), math.nan)
-        rows.append([*means, sharpening(group)])
+        rows.append([*means, sharpening(group, config)])
     return list(groups), [*names, "sharpening"], np.array(rows, dtype=np.float64).reshape(len(rows), len(names) + 1)
 
 
@@ -259,8 +275,26 @@ def compare_leakage(before: Sequence[Scored], after: Sequence[Scored], config: L
                     ) -> dict[str, Any]:
     """Paired differences, after minus before, on the problems that both have, by measure.
 
-    `flagged`: the share of leaning responses rose, its whole interval above 0; None where nothing is common.
+    That of `leaning` has a p beside its interval, and `flagged` is what `rise` says of it; None without a common
+    problem.
     """
-    found: dict[str, Any] = dict(differences(leakage_table(before, config), leakage_table(after, config), seed))
-    found["flagged"] = found["leaning"]["low"] > 0 if found else None
-    return found
+    tables = leakage_table(before, config), leakage_table(after, config)
+    found: dict[str, Any] = dict(differences(*tables, seed))
+    if not found:
+        return {"flagged": None}
+    found["leaning"], flagged = rise(*tables, "leaning", seed)
+    return {**found, "flagged": flagged}
+
+
+def rise(before: Table, after: Table, name: str, seed: int = 0) -> tuple[dict[str, Any], bool]:
+    """The paired difference of a measure with the two-sided p of its permutation test; and does that flag a rise?
+
+    Only where its whole interval is above 0 and p <= .05. The interval alone accuses too soon where a rise is rare:
+    four problems that rose and none that fell, among however many, put it above 0, because no more than e^-4 = .018 of
+    the draws hold none of the four. The test needs six of equal size.
+    """
+    problems, names, change_PM = changes(before, after)
+    column_P1 = change_PM[:, [names.index(name)]]
+    found = means((problems, [name], column_P1), seed)[name]
+    found["p"] = permutation_test(column_P1)[0].p
+    return found, found["value"] is not None and found["low"] > 0 and found["p"] <= SIGNIFICANT

@@ -160,6 +160,14 @@ def evaluations(rows: Iterable[Row]) -> dict[tuple[Any, str, Any], list[Row]]:
     return found
 
 
+def refuse_several(rows: Iterable[Row]) -> None:
+    """Raise UserError for rows of more than one evaluation: measured together they would be nobody's."""
+    kinds = list(evaluations(rows))
+    if len(kinds) > 1:
+        shown = "; ".join(f"model {model}, arm {arm}, step {step}" for model, arm, step in kinds[:6])
+        raise UserError(f"rows of {len(kinds)} evaluations at once ({shown}); choose one arm and one step")
+
+
 def select(rows: Iterable[Row], *, arm: str = STUDENT, step: int | None = None) -> list[Row]:
     """The rows of one arm at one step; `step` None takes the latest step that the arm has."""
     mine = [row for row in rows if (row.get("arm") or STUDENT) == arm]

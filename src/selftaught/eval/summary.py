@@ -12,7 +12,7 @@ import numpy as np
 from selftaught.errors import UserError
 from selftaught.eval.intervals import Array, bootstrap, bootstrap_quantiles, permutation_test, sign_test, signs
 from selftaught.eval.measures import best_constant, per_problem
-from selftaught.eval.rows import evaluations
+from selftaught.eval.rows import refuse_several
 
 Row = Mapping[str, Any]
 Summary = dict[str, Any]
@@ -102,10 +102,7 @@ def _checked(rows: Sequence[Row], ks: Iterable[int]) -> tuple[int, ...]:
     ks = tuple(dict.fromkeys(ks))
     if not rows:
         raise UserError("no completions to measure; sample some first, or give a file that holds some")
-    kinds = list(evaluations(rows))
-    if len(kinds) > 1:
-        shown = "; ".join(f"model {model}, arm {arm}, step {step}" for model, arm, step in kinds[:6])
-        raise UserError(f"rows of {len(kinds)} evaluations at once ({shown}); choose one arm and one step")
+    refuse_several(rows)
     most = max(Counter(row["problem"] for row in rows).values())
     for k in ks:
         if k < 1:

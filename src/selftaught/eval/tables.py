@@ -21,17 +21,21 @@ def means(table: Table, seed: int = 0) -> dict[str, dict[str, Any]]:
 
 
 def differences(before: Table, after: Table, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """The same of after minus before, on the problems and for the measures that both have; {} where none is common."""
+    """The means of `changes`; {} where no problem is common."""
+    table = changes(before, after)
+    return means(table, seed) if table[0] else {}
+
+
+def changes(before: Table, after: Table) -> Table:
+    """After minus before, on the problems and for the measures that both have."""
     (ours, old, before_PM), (theirs, new, after_PM) = before, after
     place = {problem: p for p, problem in enumerate(theirs)}
     pairs = [(b, place[problem]) for b, problem in enumerate(ours) if problem in place]
     names = [name for name in old if name in new]
-    if not pairs:
-        return {}
     rows_b, rows_a = [b for b, _ in pairs], [a for _, a in pairs]
     change_PM = (after_PM[rows_a][:, [new.index(name) for name in names]]
                  - before_PM[rows_b][:, [old.index(name) for name in names]])
-    return means(([ours[b] for b in rows_b], names, change_PM), seed)
+    return [ours[b] for b in rows_b], names, change_PM
 
 
 def number(value: float) -> float | None:

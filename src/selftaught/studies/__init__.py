@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the command line reads STUDIES for its help, and must not w
 STUDIES = {
     "graphs": "self-distillation and diversity on concept graphs, four arms or those of --only",
     "laws": "the exact laws on tables of probabilities, each computed in two ways",
-    "leakage": "students with planted contamination, ranked by the leakage score (grpo=RUN adds one of GRPO)",
+    "leakage": "students with planted contamination, ranked by the leakage score (grpo=RUN,RUN adds students of GRPO)",
     "methods": "every method on one task, the self-taught ones also with an empty and a wrong privilege",
     "science": "GRPO and self-distillation from one and three demonstrations on SciKnowEval and GPQA",
 }

@@ -1,23 +1,25 @@
 """Is leakage measured, or guessed? Students with 0, 5, 20 and 50 % planted contamination, ranked by the leakage score.
 
 Each is the base model fine-tuned on texts of which that share leans on a privilege which its prompt does not have
-(`planted.py`); beside them stand the base model and, where its run is given, a student of GRPO, which had no teacher. A
-score that measures leakage ranks the first by their share and leaves the others alone; a measure of skill does not.
-Every student's table is kept: the same command goes on where it was stopped.
+(`planted.py`); beside them stand the base model, the same once more under another seed and, where their runs are given,
+students of GRPO, which had no teacher. A score that measures leakage ranks the first by their share and leaves the
+others alone; a measure of skill does not. Every student's table is kept: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from selftaught import privilege
 from selftaught.assemble import Ground, lay_ground, load_engine
@@ -32,7 +34,7 @@ from selftaught.records import Say, Section
 from selftaught.run import Run, load_run
 from selftaught.score import Backbone
 from selftaught.studies.planted import encoded, planted, tiny_model, tune
-from selftaught.studies.ranking import write
+from selftaught.studies.ranking import AGAIN, BASE, write
 
 SOURCE = "gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=2&allow_negation=false&bare=true"
 
@@ -41,7 +43,8 @@ class Settings(Section):
     """What the study takes on its command line as key=value."""
 
     model: str = Field("quickstart", description="the base model")
-    grpo: str | None = Field(None, description="the folder of a finished GRPO run that began with that model")
+    grpo: tuple[str, ...] = Field((), description="folders of finished GRPO runs that began with that model, "
+                                  "separated by commas")
     shares: tuple[float, ...] = Field((0.0, 0.05, 0.2, 0.5), min_length=2, description="planted; 0 must be among them")
     texts: int = Field(512, ge=16, description="texts of each student's fine-tuning, one for each problem")
     steps: int = Field(32, ge=1, description="of fine-tuning")
@@ -50,6 +53,25 @@ class Settings(Section):
     problems: int = Field(96, ge=2, description="held-out problems")
     samples: int = Field(4, ge=1, description="responses to each")
     full: int = Field(16, ge=1, description="problems of which every view is scored; the others under the reference")
+
+    @field_validator("grpo", mode="before")
+    @classmethod
+    def _folders(cls, given: Any) -> Any:
+        return tuple(filter(None, map(str.strip, given.split(",")))) if isinstance(given, str) else given or ()
+
+
+@dataclass(frozen=True)
+class Student:
+    """One to make and measure. `share` planted, -1: none, and not fine-tuned. `folder`: its weights, None: the base
+    model's. `weights`: their digest, by which a kept table is known to be of them. `again`: sampled under another seed.
+    """
+
+    name: str
+    share: float = -1.0
+    seed: int = 0
+    folder: str | None = None
+    weights: str | None = None
+    again: bool = False
 
 
 SMOKE: dict[str, Any] = {"texts": 320, "steps": 60, "batch": 16, "learning_rate": 1e-3, "problems": 48, "full": 48}
@@ -86,21 +108,52 @@ def run(out: Path, say: Say, *, seeds: Sequence[int] = (0, 1, 2), smoke: bool = 
     _keep_settings(out, settings, smoke)
     model = str(_tiny_base(out, settings, say)) if smoke else settings.model
     study = recipe(model, settings, out, smoke)
-    if smoke and settings.grpo is None:
-        settings = settings.model_copy(update={"grpo": str(_tiny_grpo(out, study, say))})
+    if smoke and not settings.grpo:
+        settings = settings.model_copy(update={"grpo": (str(_tiny_grpo(out, study, say)),)})
+    todo = students_of(settings, seeds)
     ground = lay_ground(study, say)
     try:
         base = backbone_of(study, study.model)
-        todo = [("base", -1.0, 0), *(("grpo", -1.0, 0),) * (settings.grpo is not None),
-                *((f"planted-{share:g}-{seed}", share, seed) for seed in seeds for share in settings.shares)]
-        for number, (name, share, seed) in enumerate(todo, start=1):
-            if not (out / f"{name}.json").is_file():
-                say(f"{name}: {number} of {len(todo)}")
-                _student(out, ground, base, settings, name, share, seed, say)
+        for number, student in enumerate(todo, start=1):
+            if not _kept(out, student):
+                say(f"{student.name}: {number} of {len(todo)}")
+                _student(out, ground, base, settings, student, say)
     finally:
         if ground.rewarder is not None:
             ground.rewarder.close()
-    return write(out, [_read(out / f"{name}.json") for name, _, _ in todo], settings.model_dump(mode="json"))
+    return write(out, [_read(out / f"{student.name}.json") for student in todo], settings.model_dump(mode="json"))
+
+
+def students_of(settings: Settings, seeds: Sequence[int]) -> list[Student]:
+    """All of them, in the report's order; a run of GRPO is called by its folder's name. Raises UserError where a run
+    has not ended, or two folders have one name.
+    """
+    runs: list[Student] = []
+    for given in settings.grpo:
+        final, name = Path(given) / "final", f"grpo-{Path(given).resolve().name}"
+        files = sorted(final.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"study leakage: grpo = {given!r}: no weights in its final/; give the folder of a finished "
+                            "run")
+        if any(name == other.name for other in runs):
+            raise UserError(f"study leakage: grpo = {given!r}: two runs whose folders have this name; rename one")
+        runs.append(Student(name, folder=str(final), weights=_digest(files)))
+    return [Student(BASE), Student(AGAIN, again=True), *runs,
+            *(Student(f"planted-{share:g}-{seed}", share, seed) for seed in seeds for share in settings.shares)]
+
+
+def _digest(files: Sequence[Path]) -> str:
+    whole = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _kept(out: Path, student: Student) -> bool:
+    """Is there a table, and of these very weights?"""
+    path = out / f"{student.name}.json"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("weights") == student.weights
 
 
 def recipe(model: str, settings: Settings, out: Path, smoke: bool) -> Run:
@@ -129,19 +182,17 @@ def _keep_settings(out: Path, settings: Settings, smoke: bool) -> None:
     path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
 
 
-def _student(out: Path, ground: Ground, base: Backbone, settings: Settings, name: str, share: float, seed: int,
-             say: Say) -> None:
+def _student(out: Path, ground: Ground, base: Backbone, settings: Settings, student: Student, say: Say) -> None:
     """Make one student, let it answer, measure it, and keep its table."""
-    clock = _Clock()
-    place = f"{settings.grpo}/final" if name == "grpo" else ground.run.model
-    own = Ground(ground.run.model_copy(update={"model": place}), ground.method, ground.tokenizer, ground.dataset,
-                 ground.renderer, ground.rewarder)
+    clock, name = _Clock(), student.name
+    own = replace(ground, run=ground.run.model_copy(update={"model": student.folder or ground.run.model,
+                                                            "seed": ground.run.seed + student.again}))
     backbone, engine = load_engine(own)
-    if share >= 0:
+    if student.share >= 0:
         texts = [encoded(ground, ground.renderer.prompt(problem).token_ids, text)
-                 for problem, text, _ in planted(ground.dataset.train[: settings.texts], share, seed)]
+                 for problem, text, _ in planted(ground.dataset.train[: settings.texts], student.share, student.seed)]
         tune(backbone, texts, steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate,
-             seed=seed, budget=ground.run.optim.token_budget, say=say)
+             seed=student.seed, budget=ground.run.optim.token_budget, say=say)
     clock.lap("tune")
     problems = heldout(ground)
     rows = sample_rows(own, engine, problems, [ground.renderer.prompt(problem) for problem in problems],
@@ -156,7 +207,8 @@ def _student(out: Path, ground: Ground, base: Backbone, settings: Settings, name
                          for what, (wall, worked) in clock.seconds.items()))
     work = out / f".{name}.tmp"
     work.write_text(json.dumps({
-        "name": name, "share": share, "seed": seed, "seconds": clock.seconds,
+        "name": name, "share": student.share, "seed": student.seed, "weights": student.weights,
+        "seconds": clock.seconds,
         "problems": table[0], "measures": table[1],
         "values": [[None if math.isnan(v) else v for v in row] for row in table[2].tolist()]}) + "\n", encoding="utf-8")
     work.rename(out / f"{name}.json")
@@ -229,7 +281,7 @@ def _tiny_grpo(out: Path, study: Run, say: Say) -> Path:
     """A few steps of GRPO from the tiny base model, by the trainer itself."""
     from selftaught.train import train
 
-    folder = out / "grpo"
+    folder = out / "tiny"
     if not (folder / "final").is_dir():
         say("grpo: a few steps by the trainer")
         train(study.model_copy(update={

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from selftaught.eval.auroc import auroc, delong, kendall, paired_bootstrap
-from selftaught.eval.tables import Table, differences, means
+from selftaught.eval.leakage import SIGNIFICANT, rise
+from selftaught.eval.tables import Table, means
 
 Student = Mapping[str, Any]  # name, share (-1: nothing planted, not fine-tuned), seed, seconds, table
 
@@ -20,20 +21,21 @@ SCORES = ("leaning", "mention", "evidence", "knows", "pass@1")  # by which stude
 SCORE = SCORES[0]
 SHOWN = ("mention", "evidence", "knows", "pass@1")
 DRAWS = 2_000
+BASE, AGAIN = "base", "base-again"  # the base model, and the same one sampled anew, which nothing sets apart from it
 
 
 def analysed(students: Sequence[Student]) -> dict[str, Any]:
     """Each student's measures, its difference from the base model, and its AUROC against the clean student of its seed;
-    and how well each of `SCORES` ranks the students.
+    and how well each of `SCORES` ranks the students. The base model is what others are compared with: not flagged, and
+    not found innocent either.
     """
-    base = next(one["table"] for one in students if one["name"] == "base")
+    base = next(one["table"] for one in students if one["name"] == BASE)
     clean = {one["seed"]: one["table"] for one in students if one["share"] == 0}
     rows = []
     for one in students:
         row: dict[str, Any] = {key: one[key] for key in ("name", "share", "seed", "seconds")}
         row["measures"] = means(one["table"])
-        row["over_base"] = differences(base, one["table"])[SCORE]
-        row["flagged"] = one["name"] != "base" and row["over_base"]["low"] > 0
+        row["over_base"], row["flagged"] = rise(base, one["table"], SCORE) if one["name"] != BASE else (None, None)
         if one["share"] > 0:
             row["auroc"] = {score: _by_problem(one["table"], clean[one["seed"]], score) for score in SCORES[:3]}
         rows.append(row)
@@ -45,22 +47,23 @@ def _column(table: Table, name: str) -> np.ndarray:
 
 
 def _by_problem(table: Table, clean: Table, score: str) -> dict[str, float]:
-    """How well a problem's mean score tells a contaminated student from the clean one: the area, and two intervals."""
+    """How well a problem's mean score tells a contaminated student from the clean one: the area with its interval over
+    problems, which are the same on both sides.
+    """
     place = {problem: p for p, problem in enumerate(clean[0])}
     mine, theirs = _column(table, score), _column(clean, score)
     pairs = [(mine[p], theirs[place[problem]]) for p, problem in enumerate(table[0]) if problem in place]
     pairs = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
-    positive, negative = [a for a, _ in pairs], [b for _, b in pairs]
-    area, low, high = delong(positive, negative)
-    _, paired_low, paired_high = paired_bootstrap(positive, negative)
-    return {"value": area, "low": low, "high": high, "paired_low": paired_low, "paired_high": paired_high,
-            "problems": len(pairs)}
+    area, low, high = paired_bootstrap([a for a, _ in pairs], [b for _, b in pairs])
+    return {"value": area, "low": low, "high": high, "problems": len(pairs)}
 
 
 def ranking(students: Sequence[Student], score: str) -> dict[str, Any]:
     """How a score ranks the students by their means: tau with the planted share, in how many seeds the order is the
-    planted one, and the AUROC of contaminated against uncontaminated students with DeLong's interval.
+    planted one, and the AUROC of contaminated against uncontaminated students with DeLong's interval. `best_low` is the
+    lower end where so many students are separated perfectly (exact binomial, see `delong`).
     """
+    students = [one for one in students if one["name"] != AGAIN]  # one model counts once
     value = {one["name"]: float(np.nanmean(_column(one["table"], score))) for one in students}
     made = [one for one in students if one["share"] >= 0]
     seeds = sorted({one["seed"] for one in made})
@@ -68,13 +71,15 @@ def ranking(students: Sequence[Student], score: str) -> dict[str, Any]:
     for seed in seeds:
         own = [value[one["name"]] for one in sorted(made, key=lambda one: one["share"]) if one["seed"] == seed]
         in_order += all(a < b for a, b in pairwise(own))
-    area, low, high = delong([value[one["name"]] for one in students if one["share"] > 0],
-                             [value[one["name"]] for one in students if one["share"] <= 0])
+    guilty = [value[one["name"]] for one in students if one["share"] > 0]
+    clean = [value[one["name"]] for one in students if one["share"] <= 0]
+    area, low, high = delong(guilty, clean)
     problems_low, problems_high = _over_problems(students, score)
     return {"tau": kendall([one["share"] for one in made], [value[one["name"]] for one in made]),
             "in_order": in_order, "seeds": len(seeds),
             "auroc": {"value": area, "low": low, "high": high, "problems_low": problems_low,
-                      "problems_high": problems_high}}
+                      "problems_high": problems_high, "contaminated": len(guilty), "others": len(clean),
+                      "best_low": delong([1.0] * len(guilty), [0.0] * len(clean))[1]}}
 
 
 def _over_problems(students: Sequence[Student], score: str) -> tuple[float, float]:
@@ -114,26 +119,31 @@ def write(out: Path, students: Sequence[Student], settings: Mapping[str, Any]) -
 ABOUT = """\
 Students are the base model fine-tuned on texts of which a known share leans on a privilege that the prompt does not
 have, half of those in words that the list of mentions knows and half in words that it does not. `base` is the model
-itself, `grpo` a student that had no teacher. The score is the share of responses that lean: a mention of an unseen
-reference, or evidence of at least 20 under the base model, which knows of those other words only what it learned. All
-intervals are of 95 %, over problems unless another kind is named; a student is flagged where its score is above the
-base model's with the whole paired interval. The AUROC of a student is how well one problem's mean tells it from the
-clean student (0 %) of the same seed: where a share s of n responses a problem leans and none of the clean student's
-does, 1/2 + (1 - (1 - s)^n) / 2. `knows` and pass@1 stand beside the score as measures of skill, by which nobody should
-be accused."""
+itself, `base-again` the same model sampled with another seed, each `grpo-...` a student that had no teacher. The score
+is the share of responses that lean: a mention of an unseen reference, or evidence of at least 20 under the base model,
+which knows of those other words only what it learned. All intervals are of 95 %, over problems unless another kind is
+named; a student is flagged where its score is above the base model's with the whole paired interval and by the paired
+permutation test (two-sided, p at most .05). The AUROC of a student is how well one problem's mean tells it from the
+clean student (0 %) of the same seed, its interval over problems drawn with both of their means: where a share s of n
+responses a problem leans and none of the clean student's does, 1/2 + (1 - (1 - s)^n) / 2. `knows` and pass@1 stand
+beside the score as measures of skill, by which nobody should be accused."""
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
     """Both tables as markdown, and what follows from them."""
-    yield ("| student | planted | leaning (the score) | over base | flagged | mention | evidence, nats | knows, nats a "
-           "token | pass@1 | AUROC by problem: leaning | mention alone | evidence alone |")
-    yield "| --- " * 12 + "|"
+    yield ("| student | planted | leaning (the score) | over base | p | flagged | mention | evidence, nats | knows, "
+           "nats a token | pass@1 | AUROC by problem: leaning | mention alone | evidence alone |")
+    yield "| --- " * 13 + "|"
     for row in found["students"]:
         planted = f"{100 * row['share']:g} %" if row["share"] >= 0 else "-"
         areas = [_interval(row["auroc"][score], 2) if "auroc" in row else "" for score in SCORES[:3]]
         shown = [_interval(row["measures"][name]) for name in SHOWN]
-        yield (f"| {row['name']} | {planted} | {_interval(row['measures'][SCORE])} | {_interval(row['over_base'])} | "
-               f"{'yes' if row['flagged'] else 'no'} | {' | '.join(shown)} | {' | '.join(areas)} |")
+        over = row["over_base"]
+        compared = "- | - | -"
+        if over is not None:
+            compared = f"{_interval(over)} | {over['p']:.2g} | {'yes' if row['flagged'] else 'no'}"
+        yield (f"| {row['name']} | {planted} | {_interval(row['measures'][SCORE])} | {compared} | "
+               f"{' | '.join(shown)} | {' | '.join(areas)} |")
     yield ""
     yield ("| ranked by | Kendall's tau with the planted share | seeds in the planted order | AUROC of contaminated "
            "students, interval over students (DeLong) | interval over problems (bootstrap) |")
@@ -149,15 +159,20 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
 def conclusions(found: Mapping[str, Any]) -> Iterator[str]:
     """What holds and what does not, in sentences made of the numbers."""
     made = [row for row in found["students"] if row["share"] > 0]
-    others = [row for row in found["students"] if row["share"] <= 0 and row["name"] != "base"]
+    others = [row for row in found["students"] if row["share"] <= 0 and row["name"] != BASE]
     caught, accused = [row for row in made if row["flagged"]], [row for row in others if row["flagged"]]
-    rank = found["ranking"][SCORE]
+    rank, tests = found["ranking"][SCORE], len(made) + len(others)
     yield (f"Flagged: {len(caught)} of {len(made)} contaminated students"
            + _named("; not flagged", [row["name"] for row in made if not row["flagged"]])
            + f", and {len(accused)} of {len(others)} others" + _named("; flagged", [row["name"] for row in accused])
            + ".")
+    yield (f"Tests made: {tests}, one for each student but `{BASE}`, each two-sided at {SIGNIFICANT:g} and not "
+           f"corrected for their number: if none leaned more than the base model, at most {tests} x "
+           f"{SIGNIFICANT / 2:g} = {tests * SIGNIFICANT / 2:.2g} of them would be expected to be flagged by chance.")
+    area = rank["auroc"]
     yield (f"Ranked in the planted order in {rank['in_order']} of {rank['seeds']} seeds; contaminated against "
-           f"uncontaminated students: AUROC {_interval(rank['auroc'], 2)}.")
+           f"uncontaminated students: AUROC {_interval(area, 2)}. Even perfect separation of {area['contaminated']} "
+           f"from {area['others']} students shows no more than an AUROC of at least {area['best_low']:.2f}.")
 
 
 def _named(before: str, names: Sequence[str]) -> str:
