@@ -337,8 +337,8 @@ MUTANTS = [
     Mutant(
         "head_gradient_twice",
         "loss/chunked.py",
-        "None if ctx.grads.placed else ctx.grads.weight",
-        "ctx.grads.weight",
+        "None if self.placed else self.weight",
+        "self.weight",
         "test_loss.py test_score.py",
     ),
     Mutant(
