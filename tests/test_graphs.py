@@ -348,13 +348,15 @@ def test_every_claim_names_arms_that_exist_and_can_hold_and_be_reversed() -> Non
 
 
 def test_a_claim_is_not_decided_by_noise_and_one_without_its_sets_is_left_out() -> None:
-    claim = claims.Claim("more", claims.Side("a", "pass@1"), claims.Side("b", "pass@1"))
+    a, b = claims.Side("a", "pass@1"), claims.Side("b", "pass@1")
+    claim = claims.Claim("more", a, b)
     rng = np.random.default_rng(1)
     noise = [(list(range(60)), list(claims.NAMES), rng.normal(0.5, 0.2, size=(60, 4))) for _ in range(2)]
     tables = {"a": {"0": {"in": noise[0]}, "1": {}}, "b": {"0": {"in": noise[1]}, "1": {"in": noise[1]}}}
-    assert list(claims.lines([claim], tables, "larger-8"))[2].endswith("| 0 | 0 | 1 |")
+    for either in (claim, claims.Claim("less", b, a)):
+        assert list(claims.lines([either], tables, "larger-8"))[2].endswith("| 0 | 0 | 1 |")
     assert len(list(claims.lines([claim], {"a": tables["a"]}, "larger-8"))) == 2
-    near = claims.Claim("near", claims.Side("a", "pass@1"), claims.Side("b", "pass@1"), margin=0.3)
+    near = claims.Claim("near", a, b, margin=0.3)
     assert list(claims.lines([near], tables, "larger-8"))[2].endswith("| 1 | 0 | 0 |")
 
 
