@@ -84,7 +84,8 @@ def child(method: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     given = {"--one": method, "--model": work / "model", "--prompts": work / "prompts.jsonl",
              "--new-tokens": args.new_tokens, "--updates": args.updates}  # fmt: skip
     command = [sys.executable, str(HERE / "methods.py"), *(str(word) for pair in given.items() for word in pair)]
-    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+           "THP_MEM_ALLOC_ENABLE": "1"}  # as the command line has it
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}

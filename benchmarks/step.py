@@ -143,7 +143,8 @@ def ours(model: str, prompts: str, micro_batch: int, steps: int) -> dict[str, An
 
 def child(command: list[str], threads: int) -> dict[str, Any]:
     """Run one side in its own process; its last line is its result, or {"error": ...}."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+           "THP_MEM_ALLOC_ENABLE": "1"}  # huge pages, as the command line asks for; for both sides
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
