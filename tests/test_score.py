@@ -18,7 +18,7 @@ from selftaught.errors import UserError
 from selftaught.loss import chunked_loss
 from selftaught.methods import Method, batch_credit, build
 from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, TokenLoss, Verdict, View
-from selftaught.score import Backbone, Scorer, heap
+from selftaught.score import Backbone, Scorer, heap, views
 from selftaught.score.attention import Segments
 from selftaught.score.fused import Fused, _Gated, _Linear, _Norm, _Rotated
 from selftaught.score.prepacked import PATIENCE, ROWS, Prepacked
@@ -307,6 +307,31 @@ def test_equal_views_are_run_once_and_different_ones_apart(monkeypatch: pytest.M
     assert hidden["again"] is hidden["teacher"]
     torch.testing.assert_close(hidden["reference"], hidden["student"])
     assert (hidden["teacher"] - hidden["reference"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("room", "again"), [(2**28, []), (0, ["teacher"]), (2_000, ["teacher"])], ids=str)
+def test_what_credit_has_scored_is_not_run_again_for_the_loss_of_that_batch(
+        monkeypatch: pytest.MonkeyPatch, room: int, again: list[str]) -> None:
+    model, batch = families.llama(), make()
+    of, runs = scorer(model, {"teacher": View("live", "privileged")}, {}, budget=60), list[tuple[str, int]]()
+    micros = list(of.split(batch))
+    fresh = [dict(of.hidden(batch, micro)) for micro in micros]
+    right = Scorer._run
+    monkeypatch.setattr(Scorer, "_run", lambda self, *a: runs.append((a[2], a[1].rollouts[0])) or right(self, *a))
+    monkeypatch.setattr(views, "KEPT_BYTES", room)
+    of.sampled(frozenset({"teacher", "student"}), batch)
+    runs.clear()
+    found = [dict(of.hidden(batch, micro)) for micro in micros]
+    for one, two in zip(found, fresh, strict=True):
+        torch.testing.assert_close(one, two, atol=0, rtol=0)
+    assert found[0]["student"].requires_grad
+    run_again = [first for name, first in runs if name == "teacher"]
+    assert len(micros) > 2 and len([first for name, first in runs if name == "student"]) == len(micros)
+    assert bool(run_again) == bool(again) and (room != 2_000 or len(run_again) < len(micros))
+    runs.clear()
+    of.sampled(frozenset({"teacher"}), batch)
+    dict(of.hidden(make(), micros[0]))  # of another batch nothing is known
+    assert ("teacher", 0) in runs[len(micros):]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

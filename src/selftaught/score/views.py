@@ -15,6 +15,7 @@ from selftaught.tensors import Lazy, offsets, pack, split_by_budget, split_padde
 from selftaught.vocabulary import Head, sampled_log_probs
 
 STUDENT = View("live", "plain")
+KEPT_BYTES = 2**28  # of hidden states that credit's scores leave for the loss of the same batch
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Scorer:
         self.backbone, self.views, self.external = backbone, {"student": STUDENT, **views}, external
         self.weights = weights
         self.token_budget, self.temperature = token_budget, temperature
+        self._kept: tuple[Batch | None, dict[tuple[str, int], Tensor]] = None, {}
 
     def split(self, batch: Batch) -> Iterator[Micro]:
         """Micro-batches in order; every view of each fits the budget."""
@@ -53,12 +55,14 @@ class Scorer:
     def hidden(self, batch: Batch, micro: Micro) -> Lazy:
         """(n, H) for "student", with gradient if enabled, and for each view, without; equal views are run once.
 
-        Each is run when it is asked for: a view that only a method's credit reads, by `sampled`, costs nothing more.
+        Each is run when it is asked for: a view that only a method's credit reads, by `sampled`, costs nothing more. A
+        view that `sampled` has run for this very batch is not run again, as far as its states fit into KEPT_BYTES: no
+        update may lie between the two.
         """
         found: dict[str | View, Callable[[], Tensor]] = {}
         for name, view in self.views.items():
             key = name if name == "student" else view
-            found.setdefault(key, cache(partial(self._run, batch, micro, name, view)))
+            found.setdefault(key, cache(partial(self._once, batch, micro, name, view)))
         return Lazy({name: found[name if name == "student" else view] for name, view in self.views.items()})
 
     def heads(self) -> dict[str, Head]:
@@ -68,6 +72,8 @@ class Scorer:
     def sampled(self, names: frozenset[str], batch: Batch) -> dict[str, Tensor]:
         """Log-probs (N,) of the sampled tokens under each named view; "student.entropy" is the student's entropy."""
         out: dict[str, list[Tensor]] = {name: [] for name in sorted(names)}
+        kept: dict[tuple[str, int], Tensor] = {}
+        room, self._kept = KEPT_BYTES, (batch, kept)
         wanted = {name.removesuffix(".entropy") for name in names}
         with torch.no_grad():
             for micro in self.split(batch) if names else ():
@@ -76,11 +82,19 @@ class Scorer:
                     logp, entropy = sampled_log_probs(hidden, self._head(name), batch.tokens.tokens[micro.tokens],
                                                       temperature=self.temperature,
                                                       entropy=f"{name}.entropy" in names)
+                    if name != "student" and (size := hidden.numel() * hidden.element_size()) <= room:
+                        kept[name, micro.rollouts[0]], room = hidden, room - size
                     if name in names:
                         out[name].append(logp)
                     if entropy is not None:
                         out[f"{name}.entropy"].append(entropy)
         return {name: torch.cat(parts) for name, parts in out.items()}
+
+    def _once(self, batch: Batch, micro: Micro, name: str, view: View) -> Tensor:
+        """The states that `sampled` kept, given up here, or those of a run."""
+        scored, kept = self._kept
+        found = kept.pop((name, micro.rollouts[0]), None) if scored is batch else None
+        return self._run(batch, micro, name, view) if found is None else found
 
     def _run(self, batch: Batch, micro: Micro, name: str, view: View) -> Tensor:
         prompts = _prompts(batch, view)
