@@ -151,6 +151,7 @@ def _figure(columns: int) -> tuple[Any, Any]:
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(axis="y", color="#e3e5e8")
+        each.set_axisbelow(True)
     return figure, axes
 
 
