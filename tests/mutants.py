@@ -358,8 +358,8 @@ MUTANTS = [
     Mutant(
         "teacher_without_weight_is_asked",
         "methods/sdpg.py",
-        '(credit["gate"] > 0) & (credit["beta"] > 0)',
-        'credit["gate"] > 0',
+        'torch.where(weighed, credit["beta"].to(logp.dtype) * pull, torch.zeros_like(pull))',
+        'credit["beta"].to(logp.dtype) * pull',
         "test_method_facts.py",
     ),
     Mutant(

@@ -323,7 +323,8 @@ def test_the_students_own_folder_as_teacher_is_its_initial_self(home: Path) -> N
     external = trained(home, "own-folder", teacher=str(home / "model"))
     method = {"name": "dopd", "teacher": {"weights": "initial"}, **FIELDS["dopd"]}
     initial = trained(home, "initial", teacher=None, method=method)
-    assert all(value.equal(final(initial.folder)[name]) for name, value in final(external.folder).items())
+    for name, value in final(external.folder).items():  # a product of few rows may depend on where its factors lie
+        torch.testing.assert_close(value, final(initial.folder)[name], atol=1e-6, rtol=0)
     start = load_file(home / "model" / "model.safetensors")
     assert any(not value.equal(start[name]) for name, value in final(external.folder).items())
 

@@ -79,11 +79,13 @@ class SDPG:
         logp, old = student.at_sampled, credit.get("logp_old")
         clip = clipped_loss(logp, old, credit["advantage"], eps_low=self.eps_low, eps_high=self.eps_high,
                             dual_clip=self.dual_clip)
-        on = (credit["gate"] > 0) & (credit["beta"] > 0)
+        on, weighed = credit["gate"] > 0, credit["beta"] > 0
         own, teacher = student[on], views["teacher"][on]  # no vocabulary of the teacher where it has no say
-        pull, gap = (torch.zeros_like(logp).masked_scatter(on, part.to(logp.dtype)) for part in (
-            kl(own.log_probs, teacher.log_probs), evidence(teacher.at_sampled, own.at_sampled).detach()))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(weighed.any())):
+            pull = torch.zeros_like(logp).masked_scatter(on, kl(own.log_probs, teacher.log_probs).to(logp.dtype))
+        gap = torch.zeros_like(logp).masked_scatter(on, evidence(teacher.at_sampled, own.at_sampled)).detach()
+        taught = torch.where(weighed, credit["beta"].to(logp.dtype) * pull, torch.zeros_like(pull))  # never 0 * inf
         penalty = reference_penalty(self.reference_kl, logp, views["reference"].at_sampled)
         rho = importance_ratio(logp.detach(), old)
-        loss = clip.loss + rho * (credit["beta"].to(pull.dtype) * pull + self.alpha * penalty)
+        loss = clip.loss + rho * (taught + self.alpha * penalty)
         return TokenLoss(loss, {**clip.metrics, "gap": gap, "kl": pull.detach(), "reference_kl": penalty.detach()})
