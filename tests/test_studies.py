@@ -12,6 +12,7 @@ from selftaught.errors import UserError
 from selftaught.methods import names
 from selftaught.run import load_run, recipe_names
 from selftaught.studies import methods as study
+from selftaught.studies import process
 from tiny import save_tiny
 
 TINY = ("optim.steps=1", "optim.warmup_steps=0", "data.train=16", "data.heldout=3", "data.shots=1",
@@ -45,10 +46,13 @@ def test_the_arms_of_every_shipped_recipe_are_runs(method: str) -> None:
             assert run.privilege.kind == kind and run.method == own.method
 
 
-def test_a_study_runs_what_is_missing_once_and_makes_its_table(tmp_path: Path) -> None:
+def test_a_study_runs_what_is_missing_once_and_makes_its_table(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out, said = save_tiny(tmp_path / "model"), tmp_path / "study", list[str]()
     extra = [f"model={model}", *TINY]
-    table = study.run(out, said.append, only=("rlsd", "gkd"), jobs=2, overrides=extra)
+    with monkeypatch.context() as patched:
+        patched.setattr(process, "_discard", lambda checkpoints: None)  # as a run that is stopped below has them
+        table = study.run(out, said.append, only=("rlsd", "gkd"), jobs=2, overrides=extra)
     rows = {(row["method"], row["privilege"]): row for row in json.loads((out / "table.json").read_text())}
     assert set(rows) == {("rlsd", "right"), ("rlsd", "empty"), ("rlsd", "wrong"), ("gkd", "right"), ("grpo", "right")}
     gkd = yaml.safe_load((out / "gkd-right-0" / "run.yaml").read_text())
@@ -64,6 +68,7 @@ def test_a_study_runs_what_is_missing_once_and_makes_its_table(tmp_path: Path) -
         step.rename(step.with_name(f"gone-{step.name}"))  # as if stopped before its first
     assert study.run(out, said.append, only=("rlsd", "gkd"), jobs=2, overrides=extra) == table
     assert sorted(said) == ["gkd-right-0: done", "gkd-right-0: started", "rlsd-wrong-0: done", "rlsd-wrong-0: resumed"]
+    assert not any((out / name / "checkpoints").exists() for name in ("gkd-right-0", "rlsd-wrong-0"))
 
 
 def test_a_failed_arm_is_named_and_the_others_stand_in_the_table(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from selftaught.records import Say
 def train(recipe: str, folder: Path, overrides: Sequence[str], say: Say, *, jobs: int = 1) -> str:
     """Run `recipe` to its end in `folder`, whose name is the run's; its last words if it failed, else "".
 
-    A finished run is not run again. What the process says goes to FOLDER.log. `jobs` run at a time, so each gets its
-    share of the processors.
+    A finished run is not run again, and its checkpoints go: those of a whole study would fill a disk. What the process
+    says goes to FOLDER.log. `jobs` run at a time, so each gets its share of the processors.
     """
     if (folder / "results.json").is_file() and (folder / "final").is_dir():
         return ""
@@ -33,8 +33,13 @@ def train(recipe: str, folder: Path, overrides: Sequence[str], say: Say, *, jobs
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False,
                               env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if (folder / "results.json").is_file():
+        _discard(folder / "checkpoints")
         say(f"{folder.name}: done")
         return ""
     last = log.read_text(encoding="utf-8").strip().splitlines()
     say(f"{folder.name}: failed, see {log}")
     return last[-1] if last else f"exit code {done.returncode}"
+
+
+def _discard(checkpoints: Path) -> None:
+    shutil.rmtree(checkpoints, ignore_errors=True)
