@@ -187,7 +187,7 @@ def _line(name: str, texts: Sequence[str]) -> str:
 def _entropy(sides: Mapping[str, Any]) -> Iterator[str]:
     for side in ("before", "after"):
         if side in sides and sides[side]["token_entropy"] is not None:
-            by_position = ", ".join(f"{part['start']}-{part['end'] - 1}: {part['value']:.3f}"
+            by_position = ", ".join(f"{_span(part)}: {part['value']:.3f}"
                                     for part in sides[side]["token_entropy_by_position"])
             yield (f"  token entropy, {side}: {sides[side]['token_entropy']:.3f} nats over the tokens of "
                    f"{sides[side]['token_entropy_responses']} of {sides[side]['samples']} responses; by position "
@@ -195,6 +195,11 @@ def _entropy(sides: Mapping[str, Any]) -> Iterator[str]:
         elif side in sides:
             yield f"  token entropy, {side}: not known from texts alone"
     yield f"  {NOT_DIVERSITY}"
+
+
+def _span(part: Mapping[str, Any]) -> str:
+    first, last = part["start"], part["end"] - 1
+    return f"{first}" if first == last else f"{first}-{last}"
 
 
 def _verdict(difference: Mapping[str, Any]) -> str:
