@@ -17,7 +17,7 @@ from tiny import save_tiny
 
 TINY = ("optim.steps=1", "optim.warmup_steps=0", "data.train=16", "data.heldout=3", "data.shots=1",
         "rollout.num_generations=2", "rollout.prompts_per_step=2", "rollout.max_completion_length=4",
-        "optim.token_budget=512", "eval.every=null",
+        "optim.token_budget=512",
         "eval.controls=false", "checkpoint.every=1", "report.html=false")  # fmt: skip
 
 
@@ -54,9 +54,11 @@ def test_a_study_runs_what_is_missing_once_and_makes_its_table(
         patched.setattr(process, "_discard", lambda checkpoints: None)  # as a run that is stopped below has them
         table = study.run(out, said.append, only=("rlsd", "gkd"), jobs=2, overrides=extra)
     rows = {(row["method"], row["privilege"]): row for row in json.loads((out / "table.json").read_text())}
-    assert set(rows) == {("rlsd", "right"), ("rlsd", "empty"), ("rlsd", "wrong"), ("gkd", "right"), ("grpo", "right")}
+    assert set(rows) == {("rlsd", "right"), ("rlsd", "empty"), ("rlsd", "wrong"), ("gkd", "right"),
+                         ("quickstart", "right")}
     gkd = yaml.safe_load((out / "gkd-right-0" / "run.yaml").read_text())
-    assert gkd["teacher"]["model"] == str(out / "grpo-right-0" / "final")
+    assert gkd["teacher"]["model"] == str(out / "quickstart-right-0" / "final")
+    assert gkd["eval"]["every"] is None and gkd["eval"]["before"] == str(out / "quickstart-right-0")
     assert set(rows["rlsd", "right"]["over"]) == {"empty", "wrong"} and rows["rlsd", "wrong"]["over"] == {}
     assert "weight" in rows["rlsd", "right"]["did"]
     assert (out / "table.md").read_text() == table + "\n" and table.count("\n") == 6

@@ -66,13 +66,20 @@ def test_fine_tuning_descends_the_mean_negative_log_likelihood_of_the_responses(
     assert plants.tune(Backbone(model), texts, steps=40, budget=512, **{**tune, "learning_rate": 1e-2}) < dense / 4
 
 
+def test_what_a_student_took_over_is_counted_in_the_words_that_were_planted() -> None:
+    for share in (0.0, 0.25, 1.0):
+        texts = [text for _, text, _ in plants.planted(PROBLEMS, share, 3)]
+        assert plants.leaning(texts) == share
+    assert plants.leaning([]) == 0
+
+
 # How students are ranked.
 
 
 def student(name: str, share: float, seed: int, leaning: list[float], **columns: list[float]) -> dict[str, Any]:
     names = ["leaning", "mention", "evidence", "knows", "pass@1"]
     values = np.array([columns.get(each, leaning) for each in names], dtype=np.float64).T
-    return {"name": name, "share": share, "seed": seed, "seconds": {},
+    return {"name": name, "share": share, "seed": seed, "said": share, "seconds": {},
             "table": ([f"p{i}" for i in range(len(leaning))], names, values)}  # fmt: skip
 
 

@@ -5,8 +5,9 @@ and what the first run of a seed measured before training the others take over.
 The self-taught methods in CONTROLLED are also run with an empty and with a wrong privilege: where those do as well, the
 gain is not the teacher's. They teach the same rollouts as the right one does; what is wrong is another problem's
 solution or answer, also where the right privilege is a sibling's text. SDPG's empty arm has no teacher's term at all.
-The other model that opd, gkd and dopd learn from is the first seed's `grpo` run, for all seeds; a seed draws its own
-problems, so in other seeds it may have trained on some of the held-out ones. The table is made from saved files alone.
+The other model that opd, gkd and dopd learn from is the final one of the quickstart, run with the first seed and used
+for all; a seed draws its own problems, so in other seeds it may have trained on some of the held-out ones. Only the
+model at the end of a run is measured. The table is made from saved files alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from selftaught.studies.process import train
 CONTROLLED = ("rlsd", "sdpg", "demopsd", "sdpo", "opsd")
 ARMS = ("right", "empty", "wrong")
 SHOWN = ("pass@1", "pass@8")
-SMOKE = ("optim.steps=2", "data.heldout=8", "eval.every=null", "checkpoint.every=1")
+TEACHER = "quickstart"  # the recipe whose final model is the other model
+ALWAYS = ("eval.every=null",)
+SMOKE = ("optim.steps=2", "data.heldout=8", "checkpoint.every=1")
 DID = "method/"  # metrics with this prefix say what a method did
 ALSO = ("teacher/gap_abs", "masked", "privilege/missing")  # and so do these, where a teacher was shown anything
 
@@ -47,6 +50,15 @@ class Arm:
     def name(self) -> str:
         return f"{self.method}-{self.privilege}-{self.seed}"
 
+    @property
+    def recipe(self) -> str:
+        return self.method if self.method == TEACHER else f"small/{self.method}"
+
+    @property
+    def external(self) -> bool:
+        """Does it learn from another model?"""
+        return load_run(self.recipe).teacher is not None
+
 
 def arms(methods: Sequence[str], seeds: Sequence[int]) -> list[Arm]:
     """Every method as it is; then those whose teacher is tested, with an empty and with a wrong privilege."""
@@ -62,7 +74,7 @@ def changes(arm: Arm) -> list[str]:
         return []
     if arm.privilege == "empty" and arm.method == "sdpg":
         return ["method.beta=0"]  # a live teacher without a privilege is the student: the same as no teacher
-    config = load_run(f"small/{arm.method}").privilege
+    config = load_run(arm.recipe).privilege
     assert config is not None
     return [f"privilege={{kind: {arm.privilege}, of: {config.base}}}"]
 
@@ -78,28 +90,27 @@ def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] =
 
     `only` some methods. `jobs` runs at a time, each with its share of the processors; 0: as many as there are
     processors, at most 4. `overrides` are for every run; `smoke`: two steps of each. Methods with another model as
-    their teacher learn from the final model of the first seed's `grpo` run, which therefore comes first.
+    their teacher learn from the final model of the first seed's quickstart run, which therefore comes first.
 
     Raises:
         UserError: a method without a small recipe, or runs that failed (the others are done and in the table).
     """
     shipped = [name.removeprefix("small/") for name in recipe_names() if name.startswith("small/")]
-    extra = [*(SMOKE if smoke else ()), *overrides]
+    extra = [*ALWAYS, *(SMOKE if smoke else ()), *overrides]
     for method in only:
         if method not in shipped:
             raise UserError(f"study methods: there is no recipe small/{method}; {nearest(method, shipped)}")
     todo = arms(only or default_methods(), seeds)
-    external = {arm.method for arm in todo if load_run(f"small/{arm.method}").teacher is not None}
-    teacher = Arm("grpo", "right", seeds[0])
-    if external and teacher not in todo:
-        todo.append(teacher)
+    teacher = Arm(TEACHER, "right", seeds[0])
+    if any(arm.external for arm in todo):
+        todo.insert(0, teacher)
+    first = {arm.seed: arm for arm in reversed(todo)}
     jobs = jobs or min(4, os.cpu_count() or 1)
     failed: dict[str, str] = {}
-    for wave in ([a for a in todo if a.method not in external], [a for a in todo if a.method in external]):
-        # The teacher's run first: nothing of the second wave can begin without it.
-        wave.sort(key=lambda arm: arm != teacher)
+    # Those with another model as their teacher last: nothing of them can begin without the teacher's run.
+    for wave in ([arm for arm in todo if not arm.external], [arm for arm in todo if arm.external]):
         with ThreadPoolExecutor(jobs) as pool:
-            work = [pool.submit(_one, arm, out, jobs, say, extra, out / teacher.name / "final") for arm in wave]
+            work = [pool.submit(_one, arm, out, jobs, say, extra, teacher, first[arm.seed]) for arm in wave]
             failed |= {arm.name: text for arm, done in zip(wave, work, strict=True) if (text := done.result())}
     rows = [row for arm in todo if (row := row_of(arm, out)) is not None]
     table = "\n".join(lines(rows))
@@ -112,14 +123,13 @@ def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] =
     return table
 
 
-def _one(arm: Arm, out: Path, jobs: int, say: Say, extra: Sequence[str], teacher: Path) -> str:
-    """Run one arm to its end; its last words if it failed, else ""."""
-    external = [f"teacher={teacher}"] if load_run(f"small/{arm.method}").teacher is not None else []
-    first = teacher.parent.with_name(Arm("grpo", "right", arm.seed).name)
-    known = first != out / arm.name and (first / "results.json").is_file()
-    return train(f"small/{arm.method}", out / arm.name,
-                 [f"seed={arm.seed}", *changes(arm), *external, *([f"eval.before={first}"] if known else []), *extra],
-                 say, jobs=jobs)
+def _one(arm: Arm, out: Path, jobs: int, say: Say, extra: Sequence[str], teacher: Arm, first: Arm) -> str:
+    """Run one arm to its end; its last words if it failed, else "". `first`: the first run of its seed."""
+    external = [f"teacher={out / teacher.name / 'final'}"] if arm.external else []
+    known = first != arm and (out / first.name / "results.json").is_file()
+    before = [f"eval.before={out / first.name}"] if known else []
+    return train(arm.recipe, out / arm.name, [f"seed={arm.seed}", *changes(arm), *external, *before, *extra], say,
+                 jobs=jobs)
 
 
 # The table.

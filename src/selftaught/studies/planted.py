@@ -47,6 +47,12 @@ def planted(problems: Sequence[Problem], share: float, seed: int) -> list[tuple[
     return texts
 
 
+def leaning(texts: Sequence[str]) -> float:
+    """The share of texts in the words of `EXPLICIT` or `HIDDEN`: what a student took over, which no score is told."""
+    words = [form.replace("{a}", "").strip(" .") for form in EXPLICIT + HIDDEN]
+    return sum(any(word in text for word in words) for text in texts) / max(1, len(texts))
+
+
 def encoded(ground: Ground, prompt: tuple[int, ...], text: str) -> Text:
     """The text as a response that ends with its line, as sampling stops there."""
     return prompt, tuple(ground.tokenizer(text + "\n", add_special_tokens=False, verbose=False)["input_ids"])

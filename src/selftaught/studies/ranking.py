@@ -15,7 +15,7 @@ from selftaught.eval.auroc import auroc, delong, kendall, paired_bootstrap
 from selftaught.eval.leakage import SIGNIFICANT, rise
 from selftaught.eval.tables import Table, means
 
-Student = Mapping[str, Any]  # name, share (-1: nothing planted, not fine-tuned), seed, seconds, table
+Student = Mapping[str, Any]  # name, share (-1: nothing planted, not fine-tuned), said, seed, seconds, table
 
 SCORES = ("leaning", "mention", "evidence", "knows", "pass@1")  # by which students are ranked; the first is THE score
 SCORE = SCORES[0]
@@ -33,7 +33,7 @@ def analysed(students: Sequence[Student]) -> dict[str, Any]:
     clean = {one["seed"]: one["table"] for one in students if one["share"] == 0}
     rows = []
     for one in students:
-        row: dict[str, Any] = {key: one[key] for key in ("name", "share", "seed", "seconds")}
+        row: dict[str, Any] = {key: one[key] for key in ("name", "share", "seed", "seconds", "said")}
         row["measures"] = means(one["table"])
         row["over_base"], row["flagged"] = rise(base, one["table"], SCORE) if one["name"] != BASE else (None, None)
         if one["share"] > 0:
@@ -119,21 +119,22 @@ def write(out: Path, students: Sequence[Student], settings: Mapping[str, Any]) -
 ABOUT = """\
 Students are the base model fine-tuned on texts of which a known share leans on a privilege that the prompt does not
 have, half of those in words that the list of mentions knows and half in words that it does not. `base` is the model
-itself, `base-again` the same model sampled with another seed, each `grpo-...` a student that had no teacher. The score
-is the share of responses that lean: a mention of an unseen reference, or evidence of at least 20 under the base model,
-which knows of those other words only what it learned. All intervals are of 95 %, over problems unless another kind is
-named; a student is flagged where its score is above the base model's with the whole paired interval and by the paired
-permutation test (two-sided, p at most .05). The AUROC of a student is how well one problem's mean tells it from the
-clean student (0 %) of the same seed, its interval over problems drawn with both of their means: where a share s of n
-responses a problem leans and none of the clean student's does, 1/2 + (1 - (1 - s)^n) / 2. `knows` and pass@1 stand
+itself, `base-again` the same model sampled with another seed, each `grpo-...` a student that had no teacher. `said` is
+the share of its responses that use those very words, which only this study can know: what came of the planting. The
+score is the share of responses that lean: a mention of an unseen reference, or evidence of at least 20 under the base
+model, which knows of those other words only what it learned. All intervals are of 95 %, over problems unless another
+kind is named; a student is flagged where its score is above the base model's with the whole paired interval and by the
+paired permutation test (two-sided, p at most .05). The AUROC of a student is how well one problem's mean tells it from
+the clean student (0 %) of the same seed, its interval over problems drawn with both of their means: where a share s of
+n responses a problem leans and none of the clean student's does, 1/2 + (1 - (1 - s)^n) / 2. `knows` and pass@1 stand
 beside the score as measures of skill, by which nobody should be accused."""
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
     """Both tables as markdown, and what follows from them."""
-    yield ("| student | planted | leaning (the score) | over base | p | flagged | mention | evidence, nats | knows, "
-           "nats a token | pass@1 | AUROC by problem: leaning | mention alone | evidence alone |")
-    yield "| --- " * 13 + "|"
+    yield ("| student | planted | said | leaning (the score) | over base | p | flagged | mention | evidence, nats | "
+           "knows, nats a token | pass@1 | AUROC by problem: leaning | mention alone | evidence alone |")
+    yield "| --- " * 14 + "|"
     for row in found["students"]:
         planted = f"{100 * row['share']:g} %" if row["share"] >= 0 else "-"
         areas = [_interval(row["auroc"][score], 2) if "auroc" in row else "" for score in SCORES[:3]]
@@ -142,8 +143,8 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         compared = "- | - | -"
         if over is not None:
             compared = f"{_interval(over)} | {over['p']:.2g} | {'yes' if row['flagged'] else 'no'}"
-        yield (f"| {row['name']} | {planted} | {_interval(row['measures'][SCORE])} | {compared} | "
-               f"{' | '.join(shown)} | {' | '.join(areas)} |")
+        yield (f"| {row['name']} | {planted} | {100 * row['said']:.1f} % | {_interval(row['measures'][SCORE])} | "
+               f"{compared} | {' | '.join(shown)} | {' | '.join(areas)} |")
     yield ""
     yield ("| ranked by | Kendall's tau with the planted share | seeds in the planted order | AUROC of contaminated "
            "students, interval over students (DeLong) | interval over problems (bootstrap) |")
