@@ -1,4 +1,4 @@
-"""One side of `step.py`: TRL's GRPO trainer, in its own environment (trl 1.16.0), at a fixed setting.
+"""One side of `step.py`: TRL's GRPO or SDPO trainer, in its own environment (trl 1.16.0), at a fixed setting.
 
 Run by step.py; alone: python benchmarks/peer_trl.py --model FOLDER --prompts FILE.jsonl --micro-batch 4
 Nothing of ours is imported. The last line printed is JSON: seconds of each step (the first is warm-up) and peak memory.
@@ -23,6 +23,20 @@ PROMPTS, GENERATIONS, NEW_TOKENS = 4, 4, 64  # as in step.py
 def reward(completions: list[str], **_: Any) -> list[float]:
     """A hash of the text: varied, so that advantages are not zero, and free. It says nothing about learning."""
     return [(zlib.crc32(text.encode()) % 7) / 7.0 for text in completions]
+
+
+def succeed(completions: list[str], **_: Any) -> list[float]:
+    """Every rollout a success, so that each has a sibling's to be shown to its teacher."""
+    return [1.0 for _ in completions]
+
+
+# SDPO as published, and as ours: js on the student's 100 likeliest tokens and a tail, an average of weights as teacher.
+SDPO = {
+    "distillation_mode": "topk_logits",
+    "distillation_topk": 100,
+    "distillation_add_tail": True,
+    "distillation_alpha": 0.5,
+}
 
 
 def settings(micro_batch: int, steps: int, output: str) -> dict[str, Any]:
@@ -54,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model folder (safetensors and tokenizer)")
     parser.add_argument("--prompts", required=True, help="JSONL with a column `prompt`")
+    parser.add_argument("--method", default="grpo", choices=["grpo", "sdpo"])
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
@@ -79,10 +94,17 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     clock = Clock()
     with tempfile.TemporaryDirectory() as output:
-        trainer = trl.GRPOTrainer(
+        given = settings(args.micro_batch, args.steps, output)
+        if args.method == "grpo":
+            trainer_class, config, reward_function = trl.GRPOTrainer, trl.GRPOConfig(**given), reward
+        else:
+            from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+
+            trainer_class, config, reward_function = SDPOTrainer, SDPOConfig(**given, **SDPO), succeed
+        trainer = trainer_class(
             model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
-            reward_funcs=reward,
-            args=trl.GRPOConfig(**settings(args.micro_batch, args.steps, output)),
+            reward_funcs=reward_function,
+            args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[clock],

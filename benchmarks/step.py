@@ -1,11 +1,14 @@
-"""Time and peak memory of one GRPO step, ours beside TRL's, on the same model, prompts, threads and precision.
+"""Time and peak memory of one GRPO or SDPO step, ours beside TRL's, on the same model, prompts, threads and precision.
 
     python benchmarks/step.py --peer-python PATH/TO/VENV-WITH-TRL/bin/python --out step.json
+    python benchmarks/step.py --method sdpo --peer-python ...
 
 A step: 4 prompts of 128 tokens x 4 rollouts of exactly 64 new tokens, float32, one optimiser update, the whole loop
 (sampling, reward, loss, update). Micro-batches of 1, 4 and 16 rollouts; the two sides take turns, each run in a process
 of its own so that its peak memory is its own. The first step of a run is warm-up and not counted. The machine must be
-quiet; on 2 cores it takes half an hour. The reward is a hash of the text: this measures time, not learning.
+quiet; on 2 cores it takes half an hour. The reward of GRPO is a hash of the text: this measures time, not learning.
+SDPO: each rollout is a success, so its teacher, an average of the student's weights, sees a sibling's text; the
+objective is the published one on both sides (js on 100 tokens and a tail).
 """
 
 from __future__ import annotations
@@ -35,6 +38,11 @@ HERE = Path(__file__).resolve().parent
 def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     """The peer's reward: a hash of the text, varied and free."""
     return [(zlib.crc32(str(text).encode("utf-8", "replace")) % 7) / 7.0 for text in completions]
+
+
+def succeed(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """As the peer's for SDPO: every rollout a success."""
+    return [1.0 for _ in completions]
 
 
 # What both sides are given.
@@ -77,10 +85,22 @@ def write_prompts(folder: Path, path: Path) -> None:
 # Our side: a run through the front door, timed from outside.
 
 
-def recipe(model: str, prompts: str, micro_batch: int, steps: int, out: str) -> dict[str, Any]:
-    """The peer's setting in our words. A micro-batch is a token budget: prompts are shared within a group."""
+METHODS: dict[str, dict[str, Any]] = {
+    "grpo": {"method": "grpo", "reward": f"{HERE / 'step.py'}:reward"},
+    "sdpo": {"method": "sdpo", "reward": f"{HERE / 'step.py'}:succeed",
+             "privilege": {"kind": "demonstration", "choose": "first"}},
+}  # fmt: skip
+DEMONSTRATION = NEW_TOKENS + 16  # tokens at most that a sibling's text and the words around it add to a prompt
+
+
+def recipe(method: str, model: str, prompts: str, micro_batch: int, steps: int, out: str) -> dict[str, Any]:
+    """The peer's setting in our words. A micro-batch is a token budget: prompts are shared within a group, and the
+    first success is shown to all the others, another to itself.
+    """
     groups = max(1, micro_batch // GENERATIONS)
+    prompt = PROMPT_TOKENS if method == "grpo" else min(2, micro_batch) * (PROMPT_TOKENS + DEMONSTRATION)
     return {
+        **METHODS[method],
         "model": model,
         "data": {"source": prompts, "heldout": 0, "template": "completion", "question": "{question}", "answer": ""},
         "rollout": {
@@ -89,13 +109,11 @@ def recipe(model: str, prompts: str, micro_batch: int, steps: int, out: str) -> 
             "max_completion_length": NEW_TOKENS,
             "temperature": 1.0,
         },
-        "reward": f"{HERE / 'step.py'}:reward",
-        "method": "grpo",
         "optim": {
             "steps": steps,
             "learning_rate": 1e-6,
             "dtype": "float32",
-            "token_budget": groups * PROMPT_TOKENS + micro_batch * NEW_TOKENS,
+            "token_budget": groups * prompt + micro_batch * NEW_TOKENS,
         },
         "checkpoint": {"every": steps},
         "seed": 0,
@@ -111,7 +129,7 @@ def watch(path: Path, seen: list[float], stop: threading.Event) -> None:
             seen.extend([time.monotonic()] * (lines - len(seen)))
 
 
-def ours(model: str, prompts: str, micro_batch: int, steps: int) -> dict[str, Any]:
+def ours(method: str, model: str, prompts: str, micro_batch: int, steps: int) -> dict[str, Any]:
     """Seconds of each step and peak memory of `selftaught.train` in this process."""
     import torch
 
@@ -123,7 +141,7 @@ def ours(model: str, prompts: str, micro_batch: int, steps: int) -> dict[str, An
         began, seen, stop = time.monotonic(), list[float](), threading.Event()
         watcher = threading.Thread(target=watch, args=(metrics, seen, stop), daemon=True)
         watcher.start()
-        selftaught.train(**recipe(model, prompts, micro_batch, steps, str(out)))
+        selftaught.train(**recipe(method, model, prompts, micro_batch, steps, str(out)))
         stop.set()
         watcher.join()
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -158,7 +176,8 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, dict[str, Any]]:
     """{side: {micro-batch: result}}, the sides taking turns."""
     write_model(args.model, work / "model")
     write_prompts(work / "model", work / "prompts.jsonl")
-    given = ["--model", str(work / "model"), "--prompts", str(work / "prompts.jsonl"), "--steps", str(args.steps)]
+    given = ["--model", str(work / "model"), "--prompts", str(work / "prompts.jsonl"), "--steps", str(args.steps),
+             "--method", args.method]
     sides = {"ours": [sys.executable, str(HERE / "step.py"), "--ours"]}
     if args.peer_python:
         sides["trl"] = [args.peer_python, str(HERE / "peer_trl.py")]
@@ -200,6 +219,7 @@ def main() -> None:
         "--peer-python", help="python of an environment with trl==1.16.0; without it ours alone is timed"
     )
     parser.add_argument("--model", default="quickstart", help="a folder, a Hub name or a shipped name")
+    parser.add_argument("--method", default="grpo", choices=sorted(METHODS))
     parser.add_argument("--steps", type=int, default=4, help="steps of a run, the first one as warm-up")
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[1, 4, 16], choices=[1, 4, 16])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -208,15 +228,16 @@ def main() -> None:
     parser.add_argument("--prompts", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.ours:
-        print(json.dumps(ours(args.model, args.prompts, args.micro_batch[0], args.steps)))
+        print(json.dumps(ours(args.method, args.model, args.prompts, args.micro_batch[0], args.steps)))
         return
     if args.peer_python and not shutil.which(args.peer_python):
         parser.error(f"--peer-python: there is no program {args.peer_python!r}")
     with tempfile.TemporaryDirectory(prefix="selftaught-bench-") as work:
         results = measure(args, Path(work))
     setting = {
-        "prompts": PROMPTS, "generations": GENERATIONS, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS,
-        "dtype": "float32", "threads": args.threads, "model": args.model, "machine": platform.processor(),
+        "method": args.method, "prompts": PROMPTS, "generations": GENERATIONS, "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS, "dtype": "float32", "threads": args.threads, "model": args.model,
+        "machine": platform.processor(),
     }  # fmt: skip
     Path(args.out).write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
     print(table(results))

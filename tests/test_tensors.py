@@ -54,6 +54,16 @@ def test_pack_lays_out_each_prompt_once_with_the_inputs_of_its_responses() -> No
     assert packed.token_ids.dtype == packed.positions.dtype == packed.predict.dtype == torch.int64
 
 
+def test_pack_computes_a_response_that_several_rollouts_gave_once() -> None:
+    """The last token predicts nothing, so (10, 11, 12) and (10, 11, 13) are one; under another prompt they are not."""
+    a, b = (1, 2), (4,)
+    packed = pack([a, a, b, a, a], [(10, 11, 12), (7,), (10, 11, 12), (10, 11, 13), (8,)])
+    assert packed.token_ids.tolist() == [1, 2, 10, 11, 4, 10, 11]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert packed.predict.tolist() == [1, 2, 3, 1, 4, 5, 6, 1, 2, 3, 1]
+    assert packed.groups == (Group(0, 2, (2, 0)), Group(4, 1, (2,)))
+
+
 def test_pack_computes_what_all_prompts_begin_with_once() -> None:
     shared = tuple(range(100, 100 + MIN_COMMON))
     packed = pack([(*shared, 1, 2), (*shared, 3)], [(8, 9), (7, 6)])
@@ -66,12 +76,12 @@ def test_pack_computes_what_all_prompts_begin_with_once() -> None:
 
 
 def rollouts(seed: int, shared: int = 0) -> tuple[list[Ids], list[Ids]]:
-    """Prompts out of few, in any order, and responses of 1 to 6 tokens."""
+    """Prompts out of few, in any order, and responses of 1 to 6 tokens, short ones more than once."""
     draw = random.Random(seed)
     start = tuple(draw.randrange(9) for _ in range(shared))
     known = [start + tuple(draw.randrange(9) for _ in range(draw.randint(1, 5))) for _ in range(4)]
     prompts = [draw.choice(known) for _ in range(12)]
-    return prompts, [tuple(draw.randrange(9) for _ in range(draw.randint(1, 6))) for _ in prompts]
+    return prompts, [tuple(draw.randrange(2) for _ in range(draw.randint(1, 6))) for _ in prompts]
 
 
 @pytest.mark.parametrize("shared", [0, 20])
@@ -85,7 +95,7 @@ def test_every_scored_token_is_predicted_from_the_token_and_position_before_it(s
     assert got == wanted
     used = packed.common + sum(group.prompt + sum(group.responses) for group in packed.groups)
     assert used == len(packed.token_ids) == len(packed.positions)
-    distinct = {p: sum(len(r) - 1 for q, r in zip(prompts, responses, strict=True) if q == p) for p in prompts}
+    distinct = {p: sum(map(len, {r[:-1] for q, r in zip(prompts, responses, strict=True) if q == p})) for p in prompts}
     assert used == packed.common + sum(len(p) - packed.common + inputs for p, inputs in distinct.items())
 
 

@@ -145,7 +145,8 @@ class Group:
     """Where one prompt and its responses lie in a packed pass: prompt at [start, start + prompt), then responses.
 
     `prompt` counts the prompt's tokens after the pass's common prefix. `responses` counts the response tokens
-    that are *inputs*: the last token of a response predicts nothing that is scored, so it is left out.
+    that are *inputs*: the last token of a response predicts nothing that is scored, so it is left out. Responses with
+    the same inputs are one.
     """
 
     start: int
@@ -184,7 +185,10 @@ def common_prefix(prompts: Iterable[tuple[int, ...]]) -> int:
 
 
 def pack(prompts: Sequence[tuple[int, ...]], responses: Sequence[tuple[int, ...]], device: str = "cpu") -> Packed:
-    """Lay out B rollouts so that every distinct prompt is computed once. Prompts and responses are never empty."""
+    """Lay out B rollouts so that every distinct prompt, and every distinct response to it, is computed once.
+
+    Prompts and responses are never empty.
+    """
     members: dict[tuple[int, ...], list[int]] = {}
     for index, prompt in enumerate(prompts):
         members.setdefault(prompt, []).append(index)
@@ -198,12 +202,15 @@ def pack(prompts: Sequence[tuple[int, ...]], responses: Sequence[tuple[int, ...]
         tokens += prompt[common:]
         positions += range(common, size)
         last = len(tokens) - 1
+        places: dict[tuple[int, ...], int] = {}
         for index in indices:
             inputs = responses[index][:-1]
-            predict[index] = [last, *range(len(tokens), len(tokens) + len(inputs))]
-            tokens += inputs
-            positions += range(size, size + len(inputs))
-        groups.append(Group(start, size - common, tuple(len(responses[i]) - 1 for i in indices)))
+            if inputs not in places:
+                places[inputs] = len(tokens)
+                tokens += inputs
+                positions += range(size, size + len(inputs))
+            predict[index] = [last, *range(places[inputs], places[inputs] + len(inputs))]
+        groups.append(Group(start, size - common, tuple(map(len, places))))
     return Packed(
         token_ids=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
@@ -223,7 +230,7 @@ def split_by_budget(contexts: Sequence[Sequence[tuple[int, ...]]], responses: Se
     """
     commons = [common_prefix(view) for view in contexts]
     current: list[int] = []
-    seen: list[set[tuple[int, ...]]] = [set() for _ in contexts]
+    seen: list[set[_Part]] = [set() for _ in contexts]
     used = list(commons)
     for index, response in enumerate(responses):
         prompts = [view[index] for view in contexts]
@@ -235,15 +242,19 @@ def split_by_budget(contexts: Sequence[Sequence[tuple[int, ...]]], responses: Se
         current.append(index)
         used = [u + c for u, c in zip(used, costs, strict=True)]
         for view_seen, prompt in zip(seen, prompts, strict=True):
-            view_seen.add(prompt)
+            view_seen |= {(prompt, ()), (prompt, response[:-1])}
     if current:
         yield current
 
 
-def _costs(prompts: list[tuple[int, ...]], response: tuple[int, ...], seen: list[set[tuple[int, ...]]],
-           commons: list[int]) -> list[int]:
+_Part = tuple[tuple[int, ...], tuple[int, ...]]  # of a pass: a prompt and a response's inputs, or () for it alone
+
+
+def _costs(prompts: list[tuple[int, ...]], response: tuple[int, ...], seen: list[set[_Part]], commons: list[int]
+           ) -> list[int]:
     """Tokens that one more rollout adds to the pass of each view."""
-    return [len(response) - 1 + (0 if prompt in known else len(prompt) - common)
+    inputs = response[:-1]
+    return [(0 if (prompt, inputs) in known else len(inputs)) + (0 if (prompt, ()) in known else len(prompt) - common)
             for prompt, known, common in zip(prompts, seen, commons, strict=True)]
 
 
