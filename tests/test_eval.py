@@ -433,6 +433,44 @@ def test_faults_of_a_file_are_named_and_the_rest_counted(tmp_path: Path) -> None
     assert summarise(rows, [1])["problems"] == 2
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("tokens", "x"), ("step", "a"), ("seed", [0]), ("model", {}), ("arm", 3), ("status", 1), ("finish", []),
+    ("response", 7), ("score", math.nan), ("score", -math.inf), ("score", 10**400), ("score", "1"), ("sample", "0"),
+])  # fmt: skip
+def test_a_value_of_the_wrong_kind_costs_its_row_alone(tmp_path: Path, key: str, value: Any) -> None:
+    good = table([1, 2], n=3)
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n".join(json.dumps({**r, key: value} if i == 4 else r) for i, r in enumerate(good)) + "\n")
+    said: list[str] = []
+    rows = read_rows(path, said.append)
+    assert rows == [r for i, r in enumerate(good) if i != 4]
+    assert len(said) == 1 and f"1 line left out: line 5 has the {key}" in said[0].replace("problem 'p1' and the ", "")
+    assert summarise(select(rows), [1])["problems"] == 2
+
+
+def test_a_mark_of_the_byte_order_costs_no_row_and_no_arm_is_the_students(tmp_path: Path) -> None:
+    good = table([1], n=2)
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in [*good, {**good[1], "arm": None}]) + "\n", encoding="utf-8-sig")
+    said: list[str] = []
+    assert read_rows(path, said.append) == good
+    assert len(said) == 1 and "1 duplicated row left out" in said[0] and "line 3" in said[0]
+
+
+def test_a_problem_whose_samples_have_no_answer_has_no_vote_and_is_named(tmp_path: Path) -> None:
+    """Its accuracy counts. Where nothing could be read as an answer, there is none, and the vote is lost."""
+    rows = [*table([2], n=4), *(row("mute", i, float(i < 2), answer=None) for i in range(4)),
+            *(row("unread", i, 0.0, answer=None, status="unparsed") for i in range(4))]  # fmt: skip
+    append_rows(tmp_path / "c.jsonl", rows)
+    said: list[str] = []
+    found = summarise(read_rows(tmp_path / "c.jsonl", said.append), [1, 4])
+    assert len(said) == 1 and "1 problem without one sample's answer" in said[0] and "mute" in said[0]
+    assert "left out of maj@k" in said[0]
+    assert found["pass@1"]["value"] == pytest.approx((0.5 + 0.5 + 0) / 3)
+    assert found["maj@4"]["value"] == pytest.approx((1 + 0) / 2)  # two of one right answer, two different wrong ones
+    assert found["distinct_answers"]["value"] == pytest.approx((3 + 0) / 2)
+
+
 def test_problems_without_a_reference_are_named_among_those_that_have_one(tmp_path: Path) -> None:
     rows = [row(f"p{p}", i, 1.0, reference="7" if p < 2 else None) for p in range(4) for i in range(2)]
     append_rows(tmp_path / "c.jsonl", rows)

@@ -114,6 +114,18 @@ def is_right(row: Row, threshold: float) -> bool:
     return bool(row["score"] >= threshold)
 
 
+UNANSWERED = ("unparsed", "timeout", "error")
+
+
+def lacks_answers(rows: Iterable[Row]) -> bool:
+    """Whether one problem's rows say what was right and not what was answered.
+
+    Where no sample got as far as an answer (unparsed, timeout, error), that there is none is known.
+    """
+    return (all(row.get("answer") is None for row in rows)
+            and any(row.get("status") not in UNANSWERED for row in rows))
+
+
 def per_problem(rows: Sequence[Row], ks: Sequence[int], threshold: float) -> dict[str, float]:
     """Every measure of one problem, by name, from its rows; NaN where it has no value.
 
@@ -132,10 +144,10 @@ def per_problem(rows: Sequence[Row], ks: Sequence[int], threshold: float) -> dic
     for k in ks:
         values[f"pass^{k}"] = pass_hat_k(n, sum(right), k) if k <= n else math.nan
     for k in ks:
-        values[f"maj@{k}"] = maj_at_k(answers, right, k) if k <= n else math.nan
+        values[f"maj@{k}"] = math.nan if k > n or lacks_answers(rows) else maj_at_k(answers, right, k)
     for k in ks:
         values[f"mean@{k}"] = sum(row["score"] or 0.0 for row in rows) / n if k <= n else math.nan
-    values["distinct_answers"] = float(len(set(given)))
+    values["distinct_answers"] = math.nan if lacks_answers(rows) else float(len(set(given)))
     values["length"] = sum(tokens) / len(tokens) if tokens else math.nan
     values["truncated"] = finish.count("length") / len(finish) if finish else math.nan
     return values

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from selftaught.errors import UserError
+from selftaught.eval.measures import lacks_answers
 from selftaught.records import Rollout, Sampling, Verdict
 
 Row = Mapping[str, Any]
@@ -25,6 +27,11 @@ KEYS = (
     "tokens", "finish", "step", "sampling", "seed", "model", "arm", "reference",
 )  # fmt: skip
 NEEDED = ("problem", "sample", "score")
+TYPES: dict[str, tuple[Any, str]] = {  # of what may be missing and, where it is there, is counted, compared or read
+    "tokens": (int | float, "a number"), "step": (int | float, "a number"), "seed": (int | str, "a number"),
+    "model": (str, "text"), "arm": (str, "text"), "status": (str, "text"), "finish": (str, "text"),
+    "response": (str, "text"),
+}  # fmt: skip
 STUDENT = "student"
 
 
@@ -119,8 +126,8 @@ def read_rows(path: Path | str, warn: Callable[[str], None] = warnings.warn) -> 
 
     What is wrong with single lines is named through `warn` and the rest still counted: lines that are no
     rows, a truncated last line, duplicated ids (the first row stands), mixed sampling settings, problems on which
-    no sample has a score, and problems without a reference answer among others that have one. UserError: no such
-    file, or not one whole row in it.
+    no sample has a score, and problems without a reference answer, or without a sample's answer, among others that have
+    one. UserError: no such file, or not one whole row in it.
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []
@@ -135,12 +142,13 @@ def read_rows(path: Path | str, warn: Callable[[str], None] = warnings.warn) -> 
         if row is None or fault:
             broken.append(f"line {number} {fault}")
         else:
-            key = (row.get("model"), row.get("arm"), row.get("step"), row.get("seed"), row["problem"], row["sample"])
+            row["arm"] = row.get("arm") or STUDENT
+            key = (row.get("model"), row["arm"], row.get("step"), row.get("seed"), row["problem"], row["sample"])
             if key in seen:
                 duplicated.append(f"problem {row['problem']} sample {row['sample']} (line {number})")
                 continue
             seen.add(key)
-            rows.append({**dict.fromkeys(KEYS), **row, "arm": row.get("arm") or STUDENT})
+            rows.append({**dict.fromkeys(KEYS), **row})
     if not rows:
         raise UserError(f"{path}: no completion in it; each line must be a JSON object with {', '.join(NEEDED)}")
     if broken:
@@ -165,7 +173,8 @@ def refuse_several(rows: Iterable[Row]) -> None:
     kinds = list(evaluations(rows))
     if len(kinds) > 1:
         shown = "; ".join(f"model {model}, arm {arm}, step {step}" for model, arm, step in kinds[:6])
-        raise UserError(f"rows of {len(kinds)} evaluations at once ({shown}); choose one arm and one step")
+        raise UserError(f"rows of {len(kinds)} evaluations at once ({shown}); measure one at a time: put the rows of "
+                        "each into a file of its own")
 
 
 def select(rows: Iterable[Row], *, arm: str = STUDENT, step: int | None = None) -> list[Row]:
@@ -193,12 +202,19 @@ def _doubts(rows: Sequence[Row]) -> Iterator[str]:
         if known and unknown:
             lacking = f"{count_of(unknown, 'problem')} without a reference answer ({where})"
             yield f"{lacking}, left out of best_constant alone: {some_of(unknown)}"
+        by_problem: dict[Any, list[Row]] = {}
+        for row in mine:
+            by_problem.setdefault(row["problem"], []).append(row)
+        silent = sorted(str(problem) for problem in judged if lacks_answers(by_problem[problem]))
+        if silent and any(row["answer"] is not None for row in mine):
+            lacking = f"{count_of(silent, 'problem')} without one sample's answer ({where})"
+            yield f"{lacking}, left out of maj@k and distinct_answers alone: {some_of(silent)}"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
     """(number from 1, line, is it the last) of every line that is not blank."""
     try:
-        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
             held: tuple[int, str] | None = None
             for number, line in enumerate(file, start=1):
                 if not line.strip():
@@ -230,8 +246,12 @@ def _fault(row: dict[str, Any] | None) -> str | None:
         return f"lacks {', '.join(missing)}"
     if not isinstance(row["problem"], str | int) or not isinstance(row["sample"], int):
         return f"has the problem {row['problem']!r} and the sample {row['sample']!r}, not an id and a number"
-    if row["score"] is not None and not isinstance(row["score"], int | float):
-        return f"has the score {row['score']!r}, not a number"
+    score = row["score"]
+    if score is not None and not (isinstance(score, int | float) and abs(score) <= sys.float_info.max):
+        return f"has the score {score!r}, not a finite number"
+    for key, (kind, called) in TYPES.items():
+        if row.get(key) is not None and not isinstance(row[key], kind):
+            return f"has the {key} {row[key]!r}, not {called}"
     return None
 
 
