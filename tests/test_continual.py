@@ -114,9 +114,11 @@ class Evaluator:
         self.calls: list[tuple[str, str]] = []
         self.fail_at = fail_at
 
-    def __call__(self, model: str, recipe: str, overrides: Any, say: Any) -> None:
+    def __call__(self, model: str, recipe: str, overrides: Any, say: Any, *, resume: bool) -> None:
         out = Path(next(o for o in overrides if o.startswith("out="))[4:])
-        out.mkdir(parents=True)
+        assert resume == out.exists()  # one that was stopped goes on
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "completions.jsonl").unlink(missing_ok=True)
         if len(self.calls) == self.fail_at:
             (out / "completions.jsonl").write_text('{"problem": "half')
             raise KeyboardInterrupt

@@ -329,8 +329,9 @@ def test_over_seeds_gives_mean_and_range() -> None:
 
 def one_table(p: float, rise: float, concepts: float, solved: float, problems: int = 40, first: int = 0) -> Any:
     """A table whose every problem has these values, give or take a little."""
-    noise = np.random.default_rng(0).normal(0, 1e-3, size=(problems, 4))
-    return list(range(first, first + problems)), list(claims.NAMES), noise + np.array([p, rise, concepts, solved])
+    noise = np.random.default_rng(0).normal(0, 1e-3, size=(problems, 6))
+    values = np.array([p, rise, concepts, solved, concepts, concepts])
+    return list(range(first, first + problems)), list(claims.NAMES), noise + values
 
 
 def test_every_claim_names_arms_that_exist_and_can_hold_and_be_reversed() -> None:
@@ -351,7 +352,7 @@ def test_a_claim_is_not_decided_by_noise_and_one_without_its_sets_is_left_out() 
     a, b = claims.Side("a", "pass@1"), claims.Side("b", "pass@1")
     claim = claims.Claim("more", a, b)
     rng = np.random.default_rng(1)
-    noise = [(list(range(60)), list(claims.NAMES), rng.normal(0.5, 0.2, size=(60, 4))) for _ in range(2)]
+    noise = [(list(range(60)), list(claims.NAMES), rng.normal(0.5, 0.2, size=(60, 6))) for _ in range(2)]
     tables = {"a": {"0": {"in": noise[0]}, "1": {}}, "b": {"0": {"in": noise[1]}, "1": {"in": noise[1]}}}
     for either in (claim, claims.Claim("less", b, a)):
         assert list(claims.lines([either], tables, "larger-8"))[2].endswith("| 0 | 0 | 1 |")
@@ -362,7 +363,7 @@ def test_a_claim_is_not_decided_by_noise_and_one_without_its_sets_is_left_out() 
 
 def test_differences_are_paired_on_one_set_and_of_two_sets_have_the_width_of_both() -> None:
     rng = np.random.default_rng(2)
-    values = rng.normal(0.5, 0.2, size=(400, 4))
+    values = rng.normal(0.5, 0.2, size=(400, 6))
     one = (list(range(400)), list(claims.NAMES), values + 0.1)
     same, other = ((list(range(start, start + 400)), list(claims.NAMES), values) for start in (0, 400))
     paired, apart = claims.difference(one, same, "solved"), claims.difference(one, other, "solved")
@@ -379,10 +380,11 @@ def test_the_table_of_a_set_is_its_problems_measures() -> None:
     problems, names, values = claims.table(rows)
     whole = measures.measure(rows)
     assert problems == list(range(6)) and names == list(claims.NAMES)
-    p, rise, effective, solved = values.T
+    p, rise, effective, solved, unique, unique_all = values.T
     assert p.mean() == pytest.approx(whole["pass@1"]) and (p + rise).mean() == pytest.approx(whole["pass@8"])
     assert np.isnan(effective[0]) and np.nanmean(effective) == pytest.approx(whole["effective"])
     assert solved.mean() == whole["solved"]
+    assert np.nanmean(unique) == pytest.approx(whole["concepts"]) and unique_all.mean() == whole["concepts_all"]
 
 
 # The base stage and what the theory says of it.

@@ -116,10 +116,15 @@ def test_the_study_trains_asks_gpqa_and_goes_on_where_it_was_stopped(tmp_path: P
     assert table.count("\n") == 2 and "| physics | sdsd-3 | 1 |" in table
     first = sorted(said)
     said.clear()
+    asked_file = out / "physics-sdsd-3-0" / "gpqa" / "completions.jsonl"  # as if it had been stopped half-way
+    whole = asked_file.read_text()
+    asked_file.write_text("".join(whole.splitlines(keepends=True)[:3]))
     (out / "physics-sdsd-3-0" / "gpqa" / "done").unlink()
     assert study.run(out, said.append, **asked) == table
     assert [line for line in said if line.startswith("completions:")] == [
         f"completions: {out / 'physics-sdsd-3-0' / 'gpqa' / 'completions.jsonl'}"]
+    assert any(line.startswith("3 of 10 completions are there") for line in said)
+    assert sorted(asked_file.read_text().splitlines()) == sorted(whole.splitlines())
     assert not any("started" in line for line in said) and any("started" in line for line in first)
 
 

@@ -8,7 +8,6 @@ matrix.json  matrix.md  task-sequence.png     the accuracy matrix, forgetting an
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from selftaught.report.draw import alone, save
 from selftaught.report.plots import task_sequence
 from selftaught.run import load_run
 
-Evaluate = Callable[[str, str, Sequence[str], Say], Any]  # (model, recipe, overrides with `out`, say)
+Evaluate = Callable[..., Any]  # (model, recipe, overrides with `out`, say, resume=)
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def run(models: Sequence[str], tasks: Sequence[str], out: Path, say: Say, *, unt
     missing = [cell for row in grid for cell in row if not _done(cell, overrides)]
     for number, cell in enumerate(missing, start=1):
         say(f"cell {number} of {len(missing)} missing: {cell.model} on {cell.recipe}")
-        shutil.rmtree(cell.folder, ignore_errors=True)  # stopped half-way: the cell is made anew
-        evaluate(cell.model, cell.recipe, [*overrides, f"out={cell.folder}"], say)
+        evaluate(cell.model, cell.recipe, [*overrides, f"out={cell.folder}"], say, resume=cell.folder.exists())
         cell.mark.write_text(json.dumps(_settings(cell, overrides), indent=1) + "\n", encoding="utf-8")
     columns = {}
     for place, name in enumerate(recipes):

@@ -8,7 +8,6 @@ none learned from, and so is the model that all begin from. The table is made fr
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -121,9 +120,8 @@ def _ask_outside(todo: Sequence[Arm], out: Path, source: str, extra: Sequence[st
         for whose, folder in asked.items():
             if (folder / "done").is_file():
                 continue
-            shutil.rmtree(folder, ignore_errors=True)  # stopped half-way: made anew
             evaluate_model(whose, "science/gpqa", [f"data.source=gpqa:{source}?domain={arm.domain.capitalize()}", *ours,
-                                                   f"out={folder}"], say)
+                                                   f"out={folder}"], say, resume=folder.exists())
             (folder / "done").write_text("")
 
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from selftaught.eval.measures import is_right, pass_at_k
 from selftaught.eval.tables import Table, differences, means
-from selftaught.studies.graphs.measures import by_problem, effective, ladder
+from selftaught.studies.graphs.measures import by_problem, concepts, effective, ladder
 
 NEAR = 0.03  # pass@1 within which two arms count as equal
 LONGEST = "longest"  # of the larger sets
-NAMES = ("pass@1", "rise", "effective", "solved")
+NAMES = ("pass@1", "rise", "effective", "solved", "concepts", "concepts_all")
 Tables = Mapping[str, Mapping[str, Mapping[str, Table]]]  # by arm, seed and set
 
 
@@ -44,7 +44,11 @@ class Claim:
 
 
 CLAIMS: tuple[Claim, ...] = (
-    Claim("SDSD uses fewer concepts than GRPO", Side("grpo", "effective"), Side("sdsd", "effective")),
+    Claim("SDSD uses fewer concepts than GRPO: effective ones of right samples", Side("grpo", "effective"),
+          Side("sdsd", "effective")),
+    Claim("... unique ones of right samples", Side("grpo", "concepts"), Side("sdsd", "concepts")),
+    Claim("... unique ones of all samples, as the paper seems to count", Side("grpo", "concepts_all"),
+          Side("sdsd", "concepts_all")),
     Claim(f"SDSD's pass@1 is not below GRPO's by {NEAR}", Side("sdsd", "pass@1"), Side("grpo", "pass@1"), NEAR),
     Claim("SDSD's pass@1 on the larger graphs is above GRPO's", Side("sdsd", "pass@1", LONGEST),
           Side("grpo", "pass@1", LONGEST)),
@@ -71,7 +75,9 @@ def fixes() -> Iterator[Claim]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """By problem: pass@1, pass@K - pass@1 for the largest K, effective concepts of right samples, solved by any."""
+    """By problem: pass@1, pass@K - pass@1 for the largest K, effective concepts of right samples, solved by any, unique
+    concepts of right samples and of all.
+    """
     groups = by_problem(rows)
     most = max(ladder(min(map(len, groups))))
     values = []
@@ -79,7 +85,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         right = [row for row in group if is_right(row, 1.0)]
         share = len(right) / len(group)
         values.append((share, pass_at_k(len(group), len(right), most) - share,
-                       effective([row["strategy"] for row in right]) if right else math.nan, float(bool(right))))
+                       effective([row["strategy"] for row in right]) if right else math.nan, float(bool(right)),
+                       concepts(group, right=True) if right else math.nan, concepts(group, right=False)))
     return [group[0]["problem"] for group in groups], list(NAMES), np.array(values)
 
 
