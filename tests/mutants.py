@@ -10,6 +10,7 @@ change no number (messages, speed), which other tests hold.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -526,8 +527,8 @@ MUTANTS = [
 ]
 
 
-def caught(mutant: Mutant, folder: Path) -> bool:
-    """Do the tests fail with this fault planted in the copy?"""
+def caught(mutant: Mutant, folder: Path) -> str:
+    """The first test that fails with this fault planted in the copy; "" where none does."""
     path = folder / "selftaught" / mutant.file
     source = path.read_text(encoding="utf-8")
     if source.count(mutant.old) != 1:
@@ -539,7 +540,8 @@ def caught(mutant: Mutant, folder: Path) -> bool:
         path.write_text(source, encoding="utf-8")
     if done.returncode not in (0, 1):
         raise SystemExit(f"{mutant.name}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == 1
+    failed = re.findall(r"^(?:FAILED|ERROR) \S*?tests/(\S+)", done.stdout, re.MULTILINE)
+    return (failed or ["a test"])[0] if done.returncode == 1 else ""
 
 
 def run_tests(tests: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -570,7 +572,8 @@ def main() -> None:
         for mutant in chosen:
             began = time.monotonic()
             found = caught(mutant, folder)
-            print(f"{'caught' if found else 'MISSED'}  {mutant.name}  ({time.monotonic() - began:.0f} s)", flush=True)
+            said = f"caught  {mutant.name}  by {found}" if found else f"MISSED  {mutant.name}"
+            print(f"{said}  ({time.monotonic() - began:.0f} s)", flush=True)
             if not found:
                 missed.append(mutant.name)
     print(f"{len(chosen) - len(missed)} of {len(chosen)} faults were caught")

