@@ -164,6 +164,20 @@ def test_dopds_routes_curve_by_0_30_0_15_and_0_125_per_unit_of_chi_square_near_a
     assert curvature == pytest.approx({0: 0.30, 1: 0.15, 2: 0.125, 3: 0.30}, rel=1e-3)
 
 
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+def test_the_teachers_ratio_is_one_on_average_over_what_the_privileged_student_writes(spread: float) -> None:
+    """E_{y~P}[T(y) / P(y)] = 1, so by Markov P(log T - log P >= a) <= exp(-a): route 2 is rare, route 3 need not be."""
+    torch.manual_seed(1)
+    student = torch.randn(64, 32, dtype=torch.float64).log_softmax(-1)
+    teacher = (student + spread * torch.randn(64, 32, dtype=torch.float64)).log_softmax(-1)
+    gap, weight = teacher - student, student.exp()
+    assert close((weight * gap.exp()).sum(-1), torch.ones(64, dtype=torch.float64))
+    for a in (0.1, 0.5, 1.0, 3.0):
+        assert ((weight * (gap >= a)).sum(-1) <= math.exp(-a)).all()
+    below = (weight * (gap <= -1.0)).sum(-1)
+    assert spread < 1 or (below > math.exp(-1.0)).any()  # nothing bounds the other side
+
+
 def test_one_network_as_both_privileged_models_sends_every_token_to_the_full_teacher() -> None:
     batch, logits = make_case()
     alone = {**logits, "privileged_student": logits["teacher"]}

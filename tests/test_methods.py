@@ -582,6 +582,80 @@ def test_a_sampled_token_that_is_banned_leaves_everything_finite(pair: Any, kind
     assert torch.isfinite(out.token_loss).all()
 
 
+@three_kinds
+@pytest.mark.parametrize("pair", [p for p in ALL if "reward" not in method_class(p[0].name).needs], ids=spelled)
+def test_who_needs_no_reward_reads_neither_rewards_nor_groups(pair: Any, kind: Kind) -> None:
+    """All-equal groups, groups of one, no scores: not a bit of the loss or of a gradient moves."""
+    case = make_case(pair, kind)
+    for run in (dense, chunked):
+        expected = run(pair, case, **kind.reduction)
+        for changed in ({"reward": torch.full((13,), 0.5, dtype=torch.float64)}, {"group": torch.arange(13)},
+                        {"reward": torch.full((13,), math.nan, dtype=torch.float64)}):
+            other = replace(case, batch=replace(case.batch, **changed))
+            assert_same(run(pair, other, **kind.reduction), expected, tolerance=0.0)
+
+
+@three_kinds
+@pytest.mark.parametrize("pair", [p for p in ALL if p[0].name == "sdpg" and p[1].get("gate") != "all"], ids=spelled)
+def test_in_a_group_whose_rewards_say_nothing_sdpg_keeps_to_its_reference_alone(pair: Any, kind: Kind) -> None:
+    case = make_case(pair, kind)
+    dead = torch.isin(case.batch.group, torch.tensor([*DEAD]))[case.batch.sequence_ids] & case.batch.mask
+    whole = objective("sdpg", case.batch, case.logits(), **pair[1]).token_loss
+    without = objective("sdpg", case.batch, case.logits(), **{**pair[1], "beta": 0.0}).token_loss
+    assert torch.equal(whole[dead], without[dead]) and (whole[~dead] != without[~dead]).any()
+
+
+@three_kinds
+@each_with_views
+def test_what_a_rollout_without_privilege_would_be_told_is_not_read(pair: Any, kind: Kind) -> None:
+    """A teacher's states in the place of a missing privilege are no numbers of anybody."""
+    case = make_case(pair, kind)
+    unseen = ~case.batch.privileged[case.batch.sequence_ids]
+    views = {name: view for name, view in build(pair[0].name, **pair[1]).views.items() if view.context == "privileged"}
+    assert unseen.any() and (views or pair[0].name in ("opd", "gkd"))
+    moved = {name: torch.where(unseen[:, None], -3 * h, h) if name in views else h for name, h in case.hidden.items()}
+    for run in (dense, chunked):
+        assert_same(run(pair, replace(case, hidden=moved), **kind.reduction), run(pair, case, **kind.reduction),
+                    tolerance=1e-12)
+
+
+SAMPLED = {row.name for row in TABLE if row.rewards_alone} | {"opd"}  # which read nothing but the sampled tokens
+
+
+@three_kinds
+@pytest.mark.parametrize("who", ["student", "teachers"])
+@each_method
+def test_what_one_side_alone_bans_may_be_infinite_and_is_never_nan(pair: Any, who: str, kind: Kind) -> None:
+    """A divergence from what cannot be to what can is infinite; what reads sampled tokens alone stays finite."""
+    case = make_case(pair, kind, softcap=False)
+    ban = torch.zeros(V, dtype=torch.float64)
+    ban[-5:] = -math.inf
+    heads = {view: replace(head, bias=head.bias + ban) if (view == "student") == (who == "student") else head
+             for view, head in case.heads.items() if head.bias is not None}
+    tokens = case.batch.tokens.clone()
+    tokens[::4] = V - 1
+    for batch in (case.batch, replace(case.batch, tokens=tokens)):
+        told = objective(pair[0].name, batch, replace(case, heads=heads).logits(), **pair[1])
+        assert not torch.isnan(told.token_loss).any()
+        if pair[0].name in SAMPLED:
+            assert torch.isfinite(told.token_loss).all()
+        for run in (dense, chunked) if torch.isfinite(told.token_loss).all() else ():
+            loss, grads = run(pair, replace(case, batch=batch, heads=heads), **kind.reduction)
+            assert all(x is not None and torch.isfinite(x).all() for x in (loss, *grads))
+
+
+@each_method
+def test_a_log_prob_of_minus_infinity_that_comes_with_the_batch_leaves_everything_finite(pair: Any) -> None:
+    case = make_case(pair, KINDS["loud_off_policy_other_sampler"])
+    assert case.batch.logp_old is not None and case.batch.logp_sampler is not None
+    for name in ("logp_old", "logp_sampler"):
+        gone = getattr(case.batch, name).clone()
+        gone[::5] = -math.inf
+        for run in (dense, chunked):
+            loss, grads = run(pair, replace(case, batch=replace(case.batch, **{name: gone})), sampler_cap=2.0)
+            assert all(x is not None and torch.isfinite(x).all() for x in (loss, *grads))
+
+
 # --- reductions, sampler, step, precision -----------------------------------------------------------------------------
 
 

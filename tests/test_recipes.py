@@ -394,6 +394,10 @@ MADE = {
 }
 
 
+def test_every_paper_recipe_takes_a_real_step() -> None:
+    assert {f"papers/{name}" for name in MADE} == set(PAPERS)
+
+
 def save_model(folder: Path, made: Made, seed: int = 0) -> Path:
     """A random model of the recipe's architecture that says little but `made.says`, so that rewards differ.
 

@@ -16,7 +16,7 @@ import families
 from selftaught.assemble import make_batch
 from selftaught.errors import UserError
 from selftaught.loss import chunked_loss
-from selftaught.methods import Method, batch_credit, build
+from selftaught.methods import Method, batch_credit, build, names
 from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, TokenLoss, Verdict, View
 from selftaught.score import Backbone, Scorer, heap, views
 from selftaught.score.attention import Segments
@@ -241,8 +241,9 @@ def make(case: str = "a common prefix") -> Batch:
 
 
 def scorer(model: Any, views: Mapping[str, View], weights: Mapping[str, Any], budget: int = 10_000,
-           temperature: float = 1.0, layout: str = "shared") -> Scorer:
-    return Scorer(Backbone(model, layout), views, lambda name: weights.get(name), budget, temperature)
+           temperature: float = 1.0, layout: str = "shared", external: Any = None) -> Scorer:
+    other = None if external is None else Backbone(external, layout)
+    return Scorer(Backbone(model, layout), views, lambda name: weights.get(name), budget, temperature, other)
 
 
 def whole(of: Scorer, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
@@ -379,7 +380,8 @@ def test_a_frozen_pass_touches_nothing_of_the_student() -> None:
 def update(model: Any, method: Method, teacher: Any, batch: Batch, budget: int,
            chunk: int | None = None) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradients and the number of micro-batches of one optimiser batch, as the training loop takes them."""
-    of = scorer(model, method.views, {view: dict(teacher.named_parameters()) for view in method.views}, budget)
+    of = scorer(model, method.views, {view: dict(teacher.named_parameters()) for view in method.views}, budget,
+                external=teacher)
     logp = of.sampled(method.scores, batch)
     credit, weight, _ = batch_credit(method, batch.tokens, logp, reduction="token_mean", length=None, sampler_cap=None)
     model.zero_grad()
@@ -395,7 +397,7 @@ def update(model: Any, method: Method, teacher: Any, batch: Batch, budget: int,
     return loss, found, len(micros)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rlsd", "opsd"])
+@pytest.mark.parametrize("name", names())
 def test_every_cut_into_micro_batches_and_chunks_gives_the_same_gradient(name: str) -> None:
     model, teacher, batch = families.smollm(), families.smollm(1), make()
     method = build(name)

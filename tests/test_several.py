@@ -349,6 +349,11 @@ def test_a_second_demonstration_changes_what_is_learnt_and_how_they_are_combined
     ({"rollout": {"num_generations": 1}}, r"rollout\.num_generations = 1: a demonstration is another"),
     ({"reward": None, "data": {"heldout": 0}, "privilege": {"kind": "parts", "parts": ["answer", "feedback"]}},
      r"privilege\.kind: 'feedback' comes from the verdicts"),
+    ({"reward": None}, r"privilege\.kind: 'demonstration' comes from the verdicts"),  # before what heldout needs
+    ({"reward": "numeric", "privilege": {"kind": "feedback"}},
+     r"'feedback' is what a verifier says .* 'numeric' says nothing of a wrong one; set reward=FILE\.py:FUNCTION"),
+    ({"reward": ["gym", "length"], "privilege": {"kind": "parts", "parts": ["demonstration", "feedback"]}},
+     r"'feedback' is what a verifier says .* 'gym' says nothing"),
 ])  # fmt: skip
 def test_what_needs_siblings_or_verdicts_is_refused_without(home: Path, sections: dict, message: str) -> None:
     recipe = recipe_of(home, **{"privilege": {"kind": "demonstration"}, "method": {"name": "opsd"}, **sections})

@@ -170,13 +170,10 @@ def methods(name: Annotated[str | None, typer.Argument(help="a method: equations
     elif name is not None:
         typer.echo(as_text(describe(name)))
     else:
-        console = Console()
-        left_out = "" if console.width >= 120 else "what must exist"  # `methods NAME` says it
-        table = Table(*(column for column in COLUMNS if column != left_out), box=None, pad_edge=False)
+        table = Table(*COLUMNS, box=None, pad_edge=False)
         for each in names():
-            row = zip(COLUMNS, describe(each).row(), strict=True)
-            table.add_row(*(cell for column, cell in row if column != left_out))
-        console.print(table)
+            table.add_row(*describe(each).row())
+        Console().print(table)
         typer.echo("\nselftaught methods NAME: equations, fields, source, and what is held against it")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
@@ -96,14 +97,18 @@ class Run(Section):
         _refuse_other_privilege(method, self.privilege)
         if "reward" in method.needs and self.reward is None:
             raise UserError(f"method {method.name!r} needs a reward, but the recipe has none; add `reward: NAME`")
+        _check_siblings(self, bool(privileged))
         if self.reward is None and self.data.heldout > 0:
             raise UserError("reward: nothing can be measured on held-out problems without one; "
                             "add `reward: NAME` or set data.heldout=0")
-        _check_siblings(self, bool(privileged))
         if "group" in method.needs and self.rollout.num_generations < 2:
             raise UserError(f"rollout.num_generations = {self.rollout.num_generations}: method {method.name!r} "
                             "compares the rollouts of a group and needs at least 2")
         _refuse_batches(self, method)
+        skipped, longest = self.method.fields.get("skip", 0), self.rollout.max_completion_length
+        if isinstance(skipped, int) and skipped >= longest:
+            raise UserError(f"method.skip = {skipped}: no token of a response is left to learn from, as none has more "
+                            f"than rollout.max_completion_length = {longest}; lower the one or raise the other")
         if self.rollout.truncated and not self.rollout.allow_truncated_support:
             raise UserError("rollout.top_p, rollout.top_k: the sampler would draw from fewer tokens than the scorer "
                             "counts, so log-probs would not be of one distribution; sample untruncated, or set "
@@ -175,6 +180,10 @@ def _check_siblings(run: Run, privileged: bool) -> None:
         if part.kind in ("demonstration", "feedback") and run.reward is None:
             raise UserError(f"privilege.kind: {part.kind!r} comes from the verdicts on rollouts, but the recipe has no "
                             "reward; add `reward: NAME`, or choose answer, solution or hint")
+        if part.kind == "feedback" and run.reward is not None and not any(one.is_function for one in run.reward.parts):
+            raise UserError(f"privilege.kind: 'feedback' is what a verifier says about a rollout, and "
+                            f"{run.reward.parts[0].name!r} says nothing of a wrong one; set reward=FILE.py:FUNCTION, a "
+                            "function of your own that returns Verdict(score, feedback=...) for each completion")
         if part.kind == "demonstration" and part.exclude_self and run.rollout.num_generations < 2:
             raise UserError(f"rollout.num_generations = {run.rollout.num_generations}: a demonstration is another "
                             "rollout of the same problem, so it needs at least 2; raise it, or set "
@@ -310,6 +319,9 @@ def _fault(fault: Any) -> str:
     for pydantic_s, ours in (("Input should be", "should be"), ("valid tuple", "list"), ("valid dictionary", "mapping"),
                              (" or instance of ", " of the fields of ")):
         message = message.replace(pydantic_s, ours)
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        nearly = get_close_matches(fault["input"], re.findall(r"'([^']*)'", fault["ctx"]["expected"]), n=1, cutoff=0.5)
+        message += f"; did you mean {nearly[0]!r}?" if nearly else ""
     return f"{place} = {fault['input']!r}: it {message}" if message.startswith("should") else (
         f"{place} = {fault['input']!r}: {message}")
 

@@ -63,6 +63,10 @@ class DOPD:
     def __post_init__(self) -> None:
         require(self, beta_light="[0, inf)", beta_weak="[0, inf)", trim="[0, 1)",
                 top_k="int [1, inf) or None: the whole vocabulary")
+        if self.views["teacher"] == self.views["privileged_student"]:
+            raise ValueError(f"teacher and privileged_student are the same {self.views['teacher'].weights} model that "
+                             "sees the same, so nothing tells one from the other; give the teacher other weights: "
+                             "external, with `teacher: FOLDER`, or initial, ema or snapshot")
 
     def credit(self, batch: TokenBatch, logp: Mapping[str, Tensor]) -> Credit:
         credit = base_credit(batch, needs_privilege=True)

@@ -29,7 +29,8 @@ def require(method: Any, **rules: str) -> None:
             continue
         fault = _fault(value, allowed)
         if fault:
-            raise ValueError(f"{field} = {value!r}: {fault}{f', or None for {without}' if without else ''}")
+            else_ = f", or None (null in YAML) for {without}" if without else ""
+            raise ValueError(f"{field} = {value!r}: {fault}{else_}")
 
 
 def _fault(value: Any, rule: str) -> str | None:

@@ -13,7 +13,7 @@ from selftaught.credit import base_credit, logp_before
 from selftaught.loss import importance_ratio
 from selftaught.methods.fields import require
 from selftaught.records import Credit, TokenBatch, TokenLoss, View, privileged_views
-from selftaught.tensors import difference
+from selftaught.tensors import MAX_LOG_RATIO, difference
 from selftaught.vocabulary import TokenDist
 
 
@@ -29,7 +29,8 @@ class OPD:
 
     Sees: the student's own prompt
     Divergence: KL(S||T) at the sampled token
-    Deviations: none; a discounted sum of later gaps, 0 by default there, is left out.
+    Deviations: a token that one of the two cannot say has a gap of 20 nats, not of infinity. A discounted sum of later
+    gaps, 0 by default there, is left out.
     Equals: KL(S||T), in its expected gradient over y ~ S, when coef is 1.
     Criticism: one sampled token is a noisy estimate of KL(S||T); published runs start from a student that was first
     fine-tuned to write much as the teacher does; it cannot see what the teacher would have said instead.
@@ -52,7 +53,7 @@ class OPD:
         gap = difference(teacher, logp_before(credit, logp))
         if teacher.isinf().any():  # banned by both, whatever it was when it was sampled
             gap = torch.where(teacher.isinf() & logp["student"].isinf(), torch.zeros_like(gap), gap)
-        return {**credit, "gap": gap}
+        return {**credit, "gap": torch.where(gap.isinf(), gap.sign() * MAX_LOG_RATIO, gap)}
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         return TokenLoss(-importance_ratio(student.at_sampled, credit.get("logp_old")) * self.coef * credit["gap"])
