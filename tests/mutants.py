@@ -524,6 +524,55 @@ MUTANTS = [
         'random.Random(f"{seed}/{share}")',
         "test_study_leakage.py",
     ),
+    Mutant(
+        "silent_teacher_unnoticed",
+        "report/health.py",
+        'metrics.get("teacher/gap_abs", 1.0) < SILENT_TEACHER',
+        'metrics.get("teacher/gap_abs", 1.0) < 0',
+        "test_train.py",
+    ),
+    Mutant(
+        "cut_responses_unnoticed",
+        "report/health.py",
+        'metrics.get("completions/clipped_ratio", 0.0) >= 0.5',
+        'metrics.get("completions/clipped_ratio", 0.0) > 1.0',
+        "test_practice.py",
+    ),
+    Mutant(
+        "damaged_checkpoint_believed",
+        "optim/checkpoints.py",
+        'if _crc32(folder / name) != seal["crc32"]:',
+        "if False:",
+        "test_checkpoint.py",
+    ),
+    Mutant(
+        "responses_shared_across_prompts",
+        "tensors.py",
+        "        places: dict[tuple[int, ...], int] = {}\n        for index in indices:",
+        "        places = {} if not groups else places\n        for index in indices:",
+        "test_tensors.py",
+    ),
+    Mutant(
+        "published_default_changed",
+        "methods/sdpo.py",
+        "top_k: int | None = 100",
+        "top_k: int | None = 64",
+        "test_defaults.py",
+    ),
+    Mutant(
+        "infinite_gap_let_through",
+        "methods/opd.py",
+        "torch.where(gap.isinf(), gap.sign() * MAX_LOG_RATIO, gap)",
+        "gap",
+        "test_methods.py",
+    ),
+    Mutant(
+        "missing_answer_is_a_lost_vote",
+        "eval/measures.py",
+        'values["distinct_answers"] = math.nan if lacks_answers(rows) else',
+        'values["distinct_answers"] = math.nan if not rows else',
+        "test_eval.py",
+    ),
 ]
 
 

@@ -17,8 +17,10 @@ import pytest
 
 from own import METHOD, cli, command, forked, lines, make_home, recipe_of, write_recipe
 from selftaught import assemble
+from selftaught import cli as cli_module
 from selftaught.errors import UserError
 from selftaught.optim import checkpoints
+from selftaught.report import trackers
 from selftaught.run import load_run
 
 SOURCES = Path(__file__).resolve().parent.parent / "src"
@@ -57,6 +59,12 @@ RECIPES = {
     "misspelt section": ("modle=x", "unknown key 'modle'; did you mean 'model'?"),
     "misspelt key in a list": ("reward=[{name: exact, wieght: 2}]", "unknown key 'reward.parts.0.wieght'; did you"),
     "wrong type": ("optim.steps=many", "optim.steps = 'many': it should be a valid integer"),
+    "switch for a number": ("optim.steps=true", "optim.steps: true is not a number"),
+    "half a list": ("optim.betas=[0.9]", "optim.betas: has too few entries"),
+    "reward without parts": ("reward=[]", "it should have at least 1 item"),
+    "stop at nothing": ("rollout.stop=['']", "rollout.stop: an empty text stands at the beginning of every response"),
+    "folder of nobody": ("out=~nobody-is-called-so/x", "out = '~nobody-is-called-so/x': "),
+    "data that no disk can have": (f"data.source={'x' * 300}.jsonl", "cannot be looked at"),
     "wrong type of a section": ("rollout=3", "rollout = 3: it should be a mapping"),
     "out of range": ("optim.learning_rate=-1", "optim.learning_rate = -1: it should be greater than 0"),
     "unknown choice": ("optim.schedule=cosin", "it should be 'constant', 'cosine' or 'linear'"),
@@ -342,7 +350,51 @@ def test_a_folder_that_is_taken_is_refused_and_left_alone(
     (tmp_path / "thesis.tex").write_text("years")
     assert "holds files that are no run's (thesis.tex)" in refused("train", path, f"out={tmp_path}")
     assert "is a file" in refused("train", path, f"out={tmp_path / 'thesis.tex'}")
+    for name in ("x" * 300, '"a\\0b"'):  # which no disk can have
+        assert "out: " in (said := refused("train", path, f"out={name}")) and "choose another" in said
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("damaged", ["", "- a\n", "model: [", "a: \xff"], ids=["empty", "list", "no YAML", "no UTF-8"])
+def test_a_run_whose_recipe_is_damaged_is_not_gone_on_with(finished: tuple[Path, Path], tmp_path: Path,
+                                                           damaged: str) -> None:
+    path, folder = finished
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "run.yaml").write_bytes(damaged.encode("latin-1"))
+    said = refused("train", path, f"out={copy}", "--resume")
+    assert f"resume: {copy / 'run.yaml'} does not hold the recipe" in said and "restore it, or begin anew" in said
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_tracker_that_is_not_installed_is_refused_and_spoils_no_folder(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(trackers.MODULES, "trackio", "no_such_package")
+    path = write_recipe(home, "tracked.yaml", out=str(tmp_path / "out"))
+    for more in ((), ("--dry-run",)):
+        said = refused("train", path, "report.to=[trackio]", *more)
+        assert "report.to: trackio is not installed; pip install" in said
+    assert not (tmp_path / "out" / "run.yaml").exists()
+
+
+def test_what_nobody_has_put_into_words_is_still_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/somewhere")
+
+    monkeypatch.setattr(cli_module, "app", forbidden)
+    said = refused("train")
+    assert said.startswith("error: /somewhere: Permission denied; see that it exists")
+    monkeypatch.undo()
+    assert "File name too long; see that it exists" in refused("train", "x" * 300)
+
+
+def test_a_python_callers_paths_are_as_good_as_text(home: Path) -> None:
+    recipe = recipe_of(home)
+    paths = {**recipe, "model": Path(recipe["model"]), "out": Path(recipe["out"]),
+             "data": {**recipe["data"], "source": Path(recipe["data"]["source"])}}
+    assert load_run(paths) == load_run(recipe)
+    assert load_run({**recipe, "data": home / "mine.jsonl"}).data.source == str(home / "mine.jsonl")
 
 
 @pytest.mark.usefixtures("no_model")

@@ -128,6 +128,7 @@ def test_a_hub_name_goes_to_datasets_with_its_config_and_split(monkeypatch: pyte
         ("a.json", "", "has no rows"),
         ("a.csv", "question,answer\n", "has no rows"),
         ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', "line 3 is not valid JSON"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": ' + "9" * 5000 + "}\n", "line 2 is not valid JSON"),
         ("a.jsonl", '{"prompt": "a"}\n[1, 2]\n', "line 2: expected an object"),
         ("a.json", '{"prompt": "a"}', "expected a list of objects"),
         ("a.json", '{"prompt": "a"}\n{"prompt": "b"}\n', r"name it \.jsonl"),

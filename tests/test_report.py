@@ -215,6 +215,15 @@ def test_missing_tensorboard_is_refused_only_if_asked_for(tmp_path: Path, monkey
     assert len(said) == 1 and "not installed" in said[0]
 
 
+def test_a_tracker_that_cannot_be_opened_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file where a folder must be")
+    said: list[str] = []
+    trackers = Trackers(ReportConfig(), tmp_path, "run", warn=said.append)
+    trackers.log(1, {"reward": 0.5})
+    trackers.close()
+    assert len(said) == 1 and "tensorboard could not be opened" in said[0]
+
+
 def test_wandb_goes_offline_and_a_failing_tracker_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     logged: list[tuple[int, dict[str, float]]] = []

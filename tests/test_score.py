@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampl
 from selftaught.score import Backbone, Scorer, heap, views
 from selftaught.score.attention import Segments
 from selftaught.score.fused import Fused, _Gated, _Linear, _Norm, _Rotated
+from selftaught.score.hub import load_model
 from selftaught.score.prepacked import PATIENCE, ROWS, Prepacked
 from selftaught.tensors import MIN_COMMON, pack, upcast
 from selftaught.vocabulary import project, sampled_log_probs
@@ -176,6 +178,20 @@ def test_an_unsupported_family_falls_back_with_a_warning_and_is_right(family: st
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert asked.verify(prompts, responses).keys() == {"head"}
+
+
+@pytest.mark.parametrize("family", families.UNSUPPORTED)
+def test_an_unsupported_family_loads_from_its_folder_and_falls_back_there_too(family: str, tmp_path: Path) -> None:
+    made = families.UNSUPPORTED[family]()
+    made.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), torch.float32, "cpu")
+    prompts, responses = BATCHES["several groups"]
+    backbone = Backbone(model, "auto")
+    with pytest.warns(UserWarning, match="falling back to one row per rollout"):
+        backbone.verify(prompts, responses)
+    with torch.no_grad():
+        torch.testing.assert_close(log_probs(backbone, prompts, responses), one_by_one(made, prompts, responses),
+                                   **CLOSE)
 
 
 def test_verify_finds_a_layout_that_gives_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

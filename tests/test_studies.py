@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,22 @@ def test_a_study_runs_what_is_missing_once_and_makes_its_table(
     assert study.run(out, said.append, only=("rlsd", "gkd"), jobs=2, overrides=extra) == table
     assert sorted(said) == ["gkd-right-0: done", "gkd-right-0: started", "rlsd-wrong-0: done", "rlsd-wrong-0: resumed"]
     assert not any((out / name / "checkpoints").exists() for name in ("gkd-right-0", "rlsd-wrong-0"))
+
+
+def test_after_an_interrupt_no_further_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def interrupted(recipe: str, *_: object, **__: object) -> str:
+        begun.append(recipe)
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+        time.sleep(0.3)
+        return ""
+
+    monkeypatch.setattr(study, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study.run(tmp_path, lambda text: None, jobs=1)
+    assert begun[0] == "quickstart" and len(begun) <= 3 < len(study.default_methods())
 
 
 def test_a_failed_arm_is_named_and_the_others_stand_in_the_table(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from selftaught.records import (
     Verdict,
     privileged_views,
 )
+from selftaught.report import check_trackers
 from selftaught.reward import Rewarder
 from selftaught.rollout import Engine, TransformersEngine
 from selftaught.run import Run
@@ -115,6 +116,8 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     judged are left out of an evaluation; a training refuses them.
     """
     method = run.method.build()
+    if trains:
+        check_trackers(run.report)
     device_of(run)
     check_model(run.model)
     if trains and (base := base_name(run.model)) != run.model:

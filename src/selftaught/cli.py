@@ -367,6 +367,11 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except OSError as error:  # what nobody closer to it has put into words
+        place = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"error: {place}{error.strerror or error}; see that it exists, may be read or written, and that the "
+                   "disk has room", err=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

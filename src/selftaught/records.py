@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 if TYPE_CHECKING:  # a verifier's worker imports `Verdict` from here, and must not wait for torch
     from torch import Tensor
@@ -23,10 +23,21 @@ Status = Literal["right", "wrong", "unparsed", "timeout", "error"]
 Finish = Literal["stop", "length"]
 
 
+NUMBERS = (int, float, int | None, float | None)
+
+
 class Section(BaseModel):
     """Base of every section of a recipe: typed, frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_is_a_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in NUMBERS:
+            raise ValueError(f"{str(value).lower()} is not a number")
+        return value
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -71,12 +72,20 @@ class Run(Section):
     def _expand(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        value = dict(value)
+        value = _without_paths(value)
         for section, field in SHORT.items():
             given = value.get(section)
             if isinstance(given, str) or (section == "data" and isinstance(given, list)):
                 value[section] = {field: given}
         return value
+
+    @field_validator("out")
+    @classmethod
+    def _from_home(cls, out: str) -> str:
+        try:
+            return str(Path(out).expanduser()) if out.startswith("~") else out
+        except RuntimeError as error:
+            raise UserError(f"out = {out!r}: {error}") from error
 
     @field_validator("method")
     @classmethod
@@ -125,6 +134,15 @@ class Run(Section):
     def resolved(self) -> dict[str, Any]:
         """The whole run as plain data: what `run.yaml` holds."""
         return self.model_dump(mode="json", serialize_as_any=True)
+
+
+def _without_paths(value: Any) -> Any:
+    """Plain data, in which a Python caller's paths are text."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_without_paths, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _refuse_batches(run: Run, method: Method) -> None:
@@ -312,13 +330,17 @@ def _fault(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         return f"unknown key {place!r}; {_meant(str(fault['loc'][-1]), _known(fault['loc'][:-1]))}"
     if fault["type"] == "missing":
-        return f"{place}: missing; every recipe needs it"
+        *parent, last = fault["loc"]
+        if isinstance(last, int):
+            return f"{'.'.join(map(str, parent))}: has too few entries"
+        return f"{place}: missing" + ("" if parent else "; every recipe needs it")
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return message if not place or message.startswith((place, place.split(".")[0])) else f"{place}: {message}"
     for pydantic_s, ours in (("Input should be", "should be"), ("valid tuple", "list"), ("valid dictionary", "mapping"),
-                             (" or instance of ", " of the fields of ")):
+                             ("Tuple should", "should"), (" after validation", "")):
         message = message.replace(pydantic_s, ours)
+    message = re.sub(r" or instance of \w+", " of its fields", message)
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         nearly = get_close_matches(fault["input"], re.findall(r"'([^']*)'", fault["ctx"]["expected"]), n=1, cutoff=0.5)
         message += f"; did you mean {nearly[0]!r}?" if nearly else ""

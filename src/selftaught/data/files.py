@@ -26,7 +26,11 @@ class Row(NamedTuple):
 
 def read(source: str, split: str, split_given: bool) -> list[Row]:
     """All rows of `source`. Raises UserError for whatever cannot be read, and for a source without rows."""
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be read, no such user
+        raise UserError(f"data.source: {source!r} cannot be looked at ({error}); check the path") from error
     if path.is_dir():
         rows = _saved(path, split)
     elif path.exists():
@@ -81,7 +85,7 @@ def _jsonl(path: Path) -> list[Row]:
             continue
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"data.source: {path}, line {number} is not valid JSON ({error}); mend it") from error
         rows.append(Row(f"line {number}", _object(value, path, f"line {number}")))
     return rows
@@ -93,7 +97,7 @@ def _json(path: Path) -> list[Row]:
         return []
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"data.source: {path} is not valid JSON ({error}); if it holds one object a line, name it .jsonl"
         ) from error

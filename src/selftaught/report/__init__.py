@@ -6,7 +6,7 @@ from selftaught.report.folder import RunFolder, refuse_other
 from selftaught.report.health import Health
 from selftaught.report.html import write_report
 from selftaught.report.progress import Progress, duration
-from selftaught.report.trackers import ReportConfig, Trackers
+from selftaught.report.trackers import ReportConfig, Trackers, check_trackers
 from selftaught.report.versions import versions
 from selftaught.report.words import result_sentence, result_table
 
@@ -16,6 +16,7 @@ __all__ = [
     "ReportConfig",
     "RunFolder",
     "Trackers",
+    "check_trackers",
     "duration",
     "model_card",
     "refuse_other",

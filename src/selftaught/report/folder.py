@@ -37,15 +37,18 @@ class RunFolder:
         self.path = Path(path)
         self.lost = 0  # writes that failed for want of room
         self._warn = warn
-        self._refuse_foreign(resume)
         try:
+            self._refuse_foreign(resume)
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".write-test"
             probe.write_text("ok")
             probe.unlink()
-        except OSError as error:
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"out: {self.path} cannot be written ({error.strerror}); free some space or choose another folder"
+                f"out: {self.path} cannot be written ({reason}); free some space or choose another folder"
             ) from error
 
     def _refuse_foreign(self, resume: bool) -> None:
@@ -179,7 +182,14 @@ def refuse_other(path: Path, run: Mapping[str, Any], may_change: Collection[str]
     """Raise UserError where the recipe at `path`, if there is one, differs from `run` in a key not in `may_change`."""
     if not path.exists():
         return
-    old = dict(_leaves(yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
+    try:
+        kept = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        kept = str(error).splitlines()[0]
+    if not isinstance(kept, Mapping) or not kept:
+        raise UserError(f"resume: {path} does not hold the recipe that {path.parent} was begun with "
+                        f"({kept if isinstance(kept, str) else 'no keys'}); restore it, or begin anew in another out")
+    old = dict(_leaves(kept))
     new = dict(_leaves(as_json(run)))
     for key in sorted(old.keys() | new.keys()):
         allowed = any(key == free or key.startswith(free + ".") for free in may_change)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,6 +25,17 @@ class ReportConfig(Section):
     save_rollouts: bool = Field(True, description="keep every training rollout in rollouts/step-N.jsonl")
     patience: int | None = Field(8, ge=1, description="dead steps in a row before a run stops; null: it never does")
     html: bool = Field(True, description="write report.html at the end")
+
+
+MODULES: dict[str, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+INSTALL = "pip install 'selftaught[trackers]'"
+
+
+def check_trackers(config: ReportConfig) -> None:
+    """Raise UserError for a tracker that the recipe names and that is not installed. Needs no model and no folder."""
+    for name in config.to if "to" in config.model_fields_set else ():
+        if importlib.util.find_spec(MODULES[name]) is None:
+            raise UserError(f"report.to: {name} is not installed; {INSTALL}, or set report.to to []")
 
 
 class Tracker(Protocol):
@@ -55,10 +67,11 @@ class Trackers:
             try:
                 self._open[name] = _OPENERS[name](config, Path(folder), run_name, dict(run or {}), resume_step)
             except ImportError as error:
-                install = "pip install 'selftaught[trackers]'"
                 if "to" in config.model_fields_set:
-                    raise UserError(f"report.to: {name} is not installed; {install}, or set report.to to []") from error
-                warn(f"{name} is not installed, so metrics go to metrics.jsonl alone ({install})")
+                    raise UserError(f"report.to: {name} is not installed; {INSTALL}, or set report.to to []") from error
+                warn(f"{name} is not installed, so metrics go to metrics.jsonl alone ({INSTALL})")
+            except Exception as error:
+                warn(f"{name} could not be opened ({error}); metrics.jsonl goes on without it")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send the finite numbers among `metrics`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from selftaught.records import Request, Rollout, Sampling, Section
@@ -38,6 +38,14 @@ class RolloutConfig(Section):
         False, description="rollouts cut at the length limit are not in the loss and not counted; their scores stay in "
         "the group's statistics")
     max_rows: int = Field(128, ge=1, description="responses decoded at once by the built-in engine")
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_somewhere(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError("an empty text stands at the beginning of every response, so none would have a word; "
+                             "remove it")
+        return stop
 
     @property
     def truncated(self) -> bool:

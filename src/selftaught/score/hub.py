@@ -122,11 +122,16 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device | str, attn: 
 
     base = base_name(name)
     place = resolve(base)
+    wanted: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False,
+                              "output_loading_info": True, "local_files_only": only_local(place)}
     with told_plainly(base), quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(place), dtype=dtype, attn_implementation=attn, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True, local_files_only=only_local(place),
-        )  # fmt: skip
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(str(place), attn_implementation=attn, **wanted)
+        except ValueError as error:
+            if attn == "eager" or "scaled_dot_product_attention" not in str(error):
+                raise
+            # A family without it: recurrent layers, soft-capped scores. It is then scored in the plain layout.
+            model, info = AutoModelForCausalLM.from_pretrained(str(place), attn_implementation="eager", **wanted)
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(

@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from selftaught.eval import compare, read_rows, select
 from selftaught.methods import names
 from selftaught.records import Say
 from selftaught.run import load_run, recipe_names
-from selftaught.studies.process import train
+from selftaught.studies.process import train, workers
 
 CONTROLLED = ("rlsd", "sdpg", "demopsd", "sdpo", "opsd")
 ARMS = ("right", "empty", "wrong")
@@ -106,12 +106,11 @@ def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] =
         todo.insert(0, teacher)
     first = {arm.seed: arm for arm in reversed(todo)}
     jobs = jobs or min(4, os.cpu_count() or 1)
-    failed: dict[str, str] = {}
-    # Those with another model as their teacher last: nothing of them can begin without the teacher's run.
-    for wave in ([arm for arm in todo if not arm.external], [arm for arm in todo if arm.external]):
-        with ThreadPoolExecutor(jobs) as pool:
-            work = [pool.submit(_one, arm, out, jobs, say, extra, teacher, first[arm.seed]) for arm in wave]
-            failed |= {arm.name: text for arm, done in zip(wave, work, strict=True) if (text := done.result())}
+    work: dict[Arm, Future[str]] = {}
+    with workers(jobs) as pool:
+        for arm in sorted(todo, key=lambda arm: arm.external):  # last: what cannot begin without the teacher's run
+            work[arm] = pool.submit(_one, arm, out, jobs, say, extra, teacher, first[arm.seed], work.get(teacher))
+        failed = {arm.name: text for arm in todo if (text := work[arm].result())}
     rows = [row for arm in todo if (row := row_of(arm, out)) is not None]
     table = "\n".join(lines(rows))
     (out / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -123,9 +122,16 @@ def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] =
     return table
 
 
-def _one(arm: Arm, out: Path, jobs: int, say: Say, extra: Sequence[str], teacher: Arm, first: Arm) -> str:
-    """Run one arm to its end; its last words if it failed, else "". `first`: the first run of its seed."""
-    external = [f"teacher={out / teacher.name / 'final'}"] if arm.external else []
+def _one(arm: Arm, out: Path, jobs: int, say: Say, extra: Sequence[str], teacher: Arm, first: Arm,
+         taught: Future[str] | None) -> str:
+    """Run one arm to its end; its last words if it failed, else "".
+
+    `first` is the first run of its seed. An arm that learns from `teacher` waits for `taught`, that arm's run.
+    """
+    external = []
+    if arm.external and taught is not None:
+        taught.result()
+        external = [f"teacher={out / teacher.name / 'final'}"]
     known = first != arm and (out / first.name / "results.json").is_file()
     before = [f"eval.before={out / first.name}"] if known else []
     return train(arm.recipe, out / arm.name, [f"seed={arm.seed}", *changes(arm), *external, *before, *extra], say,

@@ -1,4 +1,4 @@
-"""One run of a study: a process of the command line in a folder of its own, resumed where it was stopped."""
+"""The runs of a study: processes of the command line, each in a folder of its own, resumed where it was stopped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from selftaught.records import Say
@@ -39,6 +41,20 @@ def train(recipe: str, folder: Path, overrides: Sequence[str], say: Say, *, jobs
     last = log.read_text(encoding="utf-8").strip().splitlines()
     say(f"{folder.name}: failed, see {log}")
     return last[-1] if last else f"exit code {done.returncode}"
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each follow a process; results are to be asked for within.
+
+    After Ctrl-C, which the processes hear themselves, no further one begins.
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _discard(checkpoints: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from selftaught.eval import read_rows, select, summarise
 from selftaught.evaluate import evaluate_model
 from selftaught.records import Say
 from selftaught.run import load_run
-from selftaught.studies.process import train
+from selftaught.studies.process import train, workers
 
 METHODS = {"grpo": "science/grpo", "sdsd": "science/sdsd", "sdsd-3": "science/sdsd-3"}
 # Training and held-out questions of SDPO's published splits. What is damaged or double in the source is missing.
@@ -87,7 +86,7 @@ def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] =
     given = dict(pair.split("=", 1) for pair in extra if pair.startswith(("data.source=", "gpqa=")))
     plain = [pair for pair in extra if not pair.startswith(("data.source=", "gpqa="))]
     source, outside = given.get("data.source", SOURCE), given.get("gpqa", OUTSIDE)
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
+    with workers(max(1, jobs)) as pool:
         work = [pool.submit(train, METHODS[arm.method], out / arm.name, [*changes(arm, source), *plain], say,
                             jobs=max(1, jobs)) for arm in todo]  # fmt: skip
         failed = {arm.name: text for arm, done in zip(todo, work, strict=True) if (text := done.result())}

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from selftaught.studies.graphs.arms import ARMS, BASE, SMALL, arms
 from selftaught.studies.graphs.claims import table
 from selftaught.studies.graphs.measures import measure
 from selftaught.studies.graphs.part import IN, Job, do
+from selftaught.studies.process import workers
 
 PCMI_GRAPHS = 128
 
@@ -89,7 +89,7 @@ def run(out: Path, say: Say, *, only: Sequence[str] = (), seeds: Sequence[int] =
     for arm in todo:
         changes = (*ARMS[arm.name].overrides, f"seed={arm.seed}")
         parts[arm.folder] = _job(plan, out / arm.folder, model, changes, trains=True)
-    with ThreadPoolExecutor(jobs) as pool:
+    with workers(jobs) as pool:
         work = {name: pool.submit(_process, job, out / f"{name}.log", jobs, say) for name, job in parts.items()
                 if jobs > 1}  # fmt: skip
         done = {name: work[name].result() if name in work else _here(job, out / f"{name}.log", say)
