@@ -616,7 +616,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shutil.copytree(ROOT / "src" / "selftaught", folder / "selftaught")
-        for tests in dict.fromkeys(mutant.tests for mutant in chosen):
+        for tests in dict.fromkeys(tests for mutant in chosen for tests in mutant.tests.split()):
             refuse_failing(tests, folder)
         for mutant in chosen:
             began = time.monotonic()
