@@ -569,7 +569,7 @@ MUTANTS = [
     Mutant(
         "missing_answer_is_a_lost_vote",
         "eval/measures.py",
-        'values["distinct_answers"] = math.nan if lacks_answers(rows) else',
+        'values["distinct_answers"] = math.nan if silent else',
         'values["distinct_answers"] = math.nan if not rows else',
         "test_eval.py",
     ),

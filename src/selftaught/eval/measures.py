@@ -136,6 +136,7 @@ def per_problem(rows: Sequence[Row], ks: Sequence[int], threshold: float) -> dic
     right = [is_right(row, threshold) for row in rows]
     answers = [_text(row.get("answer")) for row in rows]
     given = [answer for answer in answers if answer is not None]
+    silent = lacks_answers(rows)
     tokens = [row["tokens"] for row in rows if row.get("tokens") is not None]
     finish = [row["finish"] for row in rows if row.get("finish") is not None]
     values: dict[str, float] = {}
@@ -144,10 +145,10 @@ def per_problem(rows: Sequence[Row], ks: Sequence[int], threshold: float) -> dic
     for k in ks:
         values[f"pass^{k}"] = pass_hat_k(n, sum(right), k) if k <= n else math.nan
     for k in ks:
-        values[f"maj@{k}"] = math.nan if k > n or lacks_answers(rows) else maj_at_k(answers, right, k)
+        values[f"maj@{k}"] = math.nan if k > n or silent else maj_at_k(answers, right, k)
     for k in ks:
         values[f"mean@{k}"] = sum(row["score"] or 0.0 for row in rows) / n if k <= n else math.nan
-    values["distinct_answers"] = math.nan if lacks_answers(rows) else float(len(set(given)))
+    values["distinct_answers"] = math.nan if silent else float(len(set(given)))
     values["length"] = sum(tokens) / len(tokens) if tokens else math.nan
     values["truncated"] = finish.count("length") / len(finish) if finish else math.nan
     return values
