@@ -16,7 +16,9 @@ from torch import Tensor
 
 from selftaught import tensors
 from selftaught.tensors import (
+    FEW,
     LOCAL,
+    MANY,
     MIN_COMMON,
     Group,
     common_prefix,
@@ -253,9 +255,20 @@ def test_the_reducer_of_one_process_changes_nothing() -> None:
 
 @pytest.mark.parametrize("amd", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_fast_product_is_the_product(amd: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 3), (FEW,), (FEW + 1,), (MANY,), (2, MANY)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_fast_product_is_the_product(amd: bool, dtype: torch.dtype, shape: tuple[int, ...], wide: bool,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "_has_amd_processor", lambda: amd)
+    monkeypatch.setattr(tensors, "WIDE", 5 if wide else 6)
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 3, 16), (16, 5)))
+    x, weight = (torch.randn(size, generator=generator).to(dtype) for size in ((*shape, 16), (16, 5)))
     for matrix in (weight.t(), weight.t().contiguous()):
         torch.testing.assert_close(fast_linear(x, matrix), x @ weight)
+
+
+def test_the_fast_product_has_the_gradients_of_the_product() -> None:
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    found, plain = (torch.autograd.grad(f.sum(), (x, weight)) for f in (fast_linear(x, weight), x @ weight.t()))
+    for a, b in zip(found, plain, strict=True):
+        torch.testing.assert_close(a, b)

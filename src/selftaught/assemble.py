@@ -33,7 +33,7 @@ from selftaught.run import Run
 from selftaught.score import Backbone, Scorer
 from selftaught.score.adapter import add_adapter, require_peft, targets
 from selftaught.score.external import about_teacher, digest, id_bytes, shared_rows
-from selftaught.score.heap import return_freed
+from selftaught.score.heap import fix_heap
 from selftaught.score.hub import (
     base_name,
     check_model,
@@ -274,7 +274,7 @@ def load_engine(ground: Ground) -> tuple[Backbone, Engine]:
     """Load the weights, with a new adapter if the run trains one, compare the layouts, and make the sampler."""
     run, lora = ground.run, ground.run.optim.lora
     if device_of(run) == "cpu":
-        return_freed()
+        fix_heap()
     model = load_model(run.model, getattr(torch, run.optim.dtype), device_of(run))
     if lora is not None:
         add_adapter(model, lora.rank, lora.alpha, lora.target_modules, run.seed)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from selftaught.tensors import product, upcast
+from selftaught.tensors import fast_linear, product, upcast
 
 ROWS = 32  # a chunk is a multiple of it: matrix kernels read whole blocks
 NO_MASS = -1e4  # a log-prob whose exponential is 0, in float64 too
@@ -44,7 +46,7 @@ def chunk_size(vocabulary: int) -> int:
 
 def affine(hidden_nH: Tensor, weight_VH: Tensor, bias: Tensor | None) -> Tensor:
     """h W^T + b, accumulated and kept in float32 (float64 for float64): (n, V)."""
-    logits = upcast(hidden_nH) @ upcast(weight_VH).t()
+    logits = fast_linear(upcast(hidden_nH), upcast(weight_VH))
     return logits if bias is None else logits + upcast(bias)
 
 
@@ -57,6 +59,43 @@ def finish(raw_nV: Tensor, head: Head) -> Tensor:
 def project(hidden_nH: Tensor, head: Head) -> Tensor:
     """Logits (n, V) in float32."""
     return finish(affine(hidden_nH, head.weight, head.bias), head)
+
+
+class _AtSampled(torch.autograd.Function):
+    """Log-probs of the sampled tokens, (n,) of logits (n, V), and beside them the entropies (n,), without a gradient.
+
+    For a loss that takes nothing else: the gradient is made in the probabilities' own memory, with no row of zeros to
+    scatter into.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_nV: Tensor, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs = torch.log_softmax(logits_nV, dim=-1)
+        ctx.probs, ctx.logits, ctx.tokens = log_probs.exp(), logits_nV, tokens_n
+        entropy_n = _entropy(ctx.probs, log_probs)
+        ctx.mark_non_differentiable(entropy_n)
+        ctx.set_materialize_grads(False)
+        return log_probs.gather(-1, tokens_n[:, None]).squeeze(-1), entropy_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_n: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+        if grad_n is None:
+            return None, None
+        probs = torch.softmax(ctx.logits, dim=-1) if ctx.probs is None else ctx.probs  # a second time, if retained
+        ctx.probs = None
+        grad = probs.mul_(-grad_n[:, None])
+        return grad.scatter_add_(-1, ctx.tokens[:, None], grad_n[:, None]), None
+
+
+def _entropy(probs_nV: Tensor, log_probs_nV: Tensor) -> Tensor:
+    """In nats: (n,), where 0 * -inf is 0."""
+    entropy_n = _minus_dot(probs_nV, log_probs_nV)
+    return _minus_dot(probs_nV, log_probs_nV.clamp(min=NO_MASS)) if torch.isnan(entropy_n).any() else entropy_n
+
+
+def _minus_dot(p_nV: Tensor, q_nV: Tensor) -> Tensor:
+    return -(p_nV[:, None, :] @ q_nV[:, :, None])[:, 0, 0]
 
 
 class TokenDist:
@@ -73,6 +112,7 @@ class TokenDist:
         self._some = some
         self.tokens = tokens_n
         self.temperature = temperature
+        self._entropy: Tensor | None = None  # outside autograd, where `at_sampled` found it on its way
 
     @cached_property
     def _raw(self) -> Tensor:
@@ -91,6 +131,9 @@ class TokenDist:
     @cached_property
     def at_sampled(self) -> Tensor:
         """Log-prob of the sampled token in nats: (n,)."""
+        if "log_probs" not in self.__dict__ and self.logits.requires_grad and torch.is_grad_enabled():
+            sampled_n, self._entropy = _AtSampled.apply(self.logits, self.tokens)
+            return sampled_n
         return self.log_probs.gather(-1, self.tokens[:, None]).squeeze(-1)
 
     @cached_property
@@ -100,11 +143,9 @@ class TokenDist:
 
     def entropy(self) -> Tensor:
         """In nats: (n,)."""
-        log_probs = self.log_probs
         if torch.is_grad_enabled():
-            return -product(log_probs.exp(), log_probs).sum(-1)
-        floored = log_probs.clamp(min=NO_MASS)  # keeps 0 * -inf from being NaN
-        return -(floored.exp()[:, None, :] @ floored[:, :, None])[:, 0, 0]
+            return -product(self.log_probs.exp(), self.log_probs).sum(-1)
+        return _entropy(self.log_probs.exp(), self.log_probs) if self._entropy is None else self._entropy
 
     def at(self, temperature: float) -> TokenDist:
         """The same logits at another temperature."""

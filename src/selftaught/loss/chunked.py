@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selftaught.records import Credit, TokenLoss
-from selftaught.tensors import upcast
+from selftaught.tensors import fast_linear, upcast
 from selftaught.vocabulary import Head, TokenDist, affine, chunk_size, finish, project
 
 _LOSS = ""  # among the metrics' names
@@ -152,7 +152,7 @@ def _view(hidden: Mapping[str, Tensor], name: str, rows: slice, head: Head, toke
 
 def _accumulate(grads: _Gradients, weight: bool, rows: slice, grad_nV: Tensor, h32: Tensor, weight32: Tensor) -> None:
     if grads.hidden is not None:
-        grads.hidden[rows] = (grad_nV @ weight32).to(grads.hidden.dtype)
+        grads.hidden[rows] = fast_linear(grad_nV, weight32.t()).to(grads.hidden.dtype)
     if weight and grads.weight is None:
         grads.weight = grad_nV.t() @ h32
     elif grads.weight is not None:

@@ -33,21 +33,22 @@ def greedy(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
 def draw(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """One token per row by inverse transform of `uniform` in [0, 1), and its log-prob: (B,), (B,).
 
-    A row's draw depends on its own logits and number alone. The cumulative sum is taken over blocks in float64,
-    then inside one block, so that no token's share is lost to rounding over a large vocabulary.
+    A row's draw depends on its own logits and number alone. The cumulative sum is taken over blocks in float64, then
+    inside one block, of which the number takes its share, so that no token is lost to rounding over a large vocabulary.
     """
     rows, vocabulary = logits_BV.shape
-    log_normaliser = torch.logsumexp(logits_BV, dim=-1)
-    probs = (logits_BV - log_normaliser[:, None]).exp_()
+    probs = torch.softmax(logits_BV, dim=-1)
     if vocabulary % BLOCK:
         probs = torch.nn.functional.pad(probs, (0, -vocabulary % BLOCK))
     blocks = probs.view(rows, -1, BLOCK)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    mass = blocks.sum(-1).double()
+    ends = mass.cumsum(-1)
     target = uniform_B.double()[:, None] * ends[:, -1:]
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp_min(0)), torch.zeros_like(target))
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
     last = torch.searchsorted(inside, inside[:, -1:].contiguous()).clamp(max=BLOCK - 1)  # the last token of any mass
-    within = torch.searchsorted(inside, target - before, right=True)
+    share = (target - before) / mass.gather(1, block)
+    within = torch.searchsorted(inside, share * inside[:, -1:], right=True)
     tokens = (block * BLOCK + torch.minimum(within, last)).squeeze(1)
-    return tokens, logits_BV.gather(1, tokens[:, None]).squeeze(1) - log_normaliser
+    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()

@@ -14,14 +14,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.functional import linear
 
 from selftaught.errors import UserError
 from selftaught.records import Section
 from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
 from selftaught.score.fused import Fused
-from selftaught.score.prepacked import Prepacked, prepacked
 from selftaught.tensors import Packed, pack, upcast
 from selftaught.vocabulary import Head, finish, project
 
@@ -63,7 +61,6 @@ class Backbone:
         self._fused = Fused(model)
         self._frozen = 0  # how many `frozen` blocks are open
         self._upcast: Head | None = None  # the head in float32, until the last of them closes
-        self._products: Prepacked | None = None  # inside `decoding`, where weights do not change
         recurrent = "cache_params" in inspect.signature(self._base.forward).parameters  # as Mamba calls its state
         self._cache = "cache_params" if recurrent else "past_key_values"
 
@@ -96,9 +93,7 @@ class Backbone:
             if self._upcast is None:
                 self._upcast = replace(head, weight=upcast(head.weight.detach()))
             head = self._upcast
-        bias = None if head.bias is None else upcast(head.bias)
-        product = linear if self._products is None else self._products.linear
-        return finish(product(upcast(hidden_nH), head.weight, bias), head)
+        return project(hidden_nH, head)
 
     def hidden(self, packed: Packed, weights: Named | None = None) -> Tensor:
         """The hidden states (N, H) that predict each scored token, in rollout order."""
@@ -169,12 +164,9 @@ class Backbone:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """`frozen`, with linear layers in the form that is fast where the same weights serve many steps."""
-        with self.frozen(), self._fused.installed(products=False), prepacked(self.model) as self._products:
-            try:
-                yield
-            finally:
-                self._products = None
+        """`frozen`, with the fused layers in place once for many steps."""
+        with self.frozen(), self._fused.installed():
+            yield
 
     @contextmanager
     def accumulating(self) -> Iterator[Tensor | None]:

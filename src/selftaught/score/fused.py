@@ -53,8 +53,9 @@ class _Gated(torch.autograd.Function):
     """(silu(x G^T) * x U^T) D^T, keeping x and the two products: (n, H)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, adds: bool) -> Tensor:
         gated, raised = fast_linear(x, gate), fast_linear(x, up)
+        ctx.adds = adds
         ctx.save_for_backward(x, gated, raised, gate, up, down)
         return fast_linear(silu(gated).mul_(raised), down)
 
@@ -65,24 +66,25 @@ class _Gated(torch.autograd.Function):
         active = silu(gated)
         of_gate = of_up = of_down = of_x = None
         if ctx.needs_input_grad[3]:
-            of_down = grad.t() @ (active * raised)
+            of_down = _of_weight(down, grad, active * raised, ctx.adds)
         inner = fast_linear(grad, down.t())
         of_raised = active.mul_(inner)
         of_gated = torch.ops.aten.silu_backward(inner.mul_(raised), gated)
         if ctx.needs_input_grad[1]:
-            of_gate = of_gated.t() @ x
+            of_gate = _of_weight(gate, of_gated, x, ctx.adds)
         if ctx.needs_input_grad[2]:
-            of_up = of_raised.t() @ x
+            of_up = _of_weight(up, of_raised, x, ctx.adds)
         if ctx.needs_input_grad[0]:
             of_x = fast_linear(of_gated, gate.t()).add_(fast_linear(of_raised, up.t()))
-        return of_x, of_gate, of_up, of_down
+        return of_x, of_gate, of_up, of_down, None
 
 
 class _Linear(torch.autograd.Function):
     """x W^T without a bias: (n, K) to (n, M)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, adds: bool) -> Tensor:
+        ctx.adds = adds
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return fast_linear(x, weight)
 
@@ -91,7 +93,16 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x = fast_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        return of_x, grad.t() @ x if ctx.needs_input_grad[1] else None
+        return of_x, _of_weight(weight, grad, x, ctx.adds) if ctx.needs_input_grad[1] else None, None
+
+
+def _of_weight(weight: Tensor, grad: Tensor, x: Tensor, adds: bool) -> Tensor | None:
+    """The gradient of W in x W^T, (M, K) from (n, M) and (n, K); None where it `adds` to the one that is there."""
+    hooked = weight._backward_hooks or weight._post_accumulate_grad_hooks
+    if not adds or not weight.is_leaf or weight.grad is None or hooked:
+        return grad.t() @ x
+    weight.grad.addmm_(grad.t(), x)
+    return None
 
 
 class _Rotated(torch.autograd.Function):
@@ -146,23 +157,24 @@ def _norm(module: nn.Module, x: Tensor, *, eps: float, offset: float) -> Tensor:
     return _Norm.apply(x, weight + offset if offset else weight, eps)
 
 
-def _gated(module: Any, x: Tensor) -> Tensor:
+def _gated(module: Any, x: Tensor, *, adds: bool = False) -> Tensor:
     projections = (module.gate_proj, module.up_proj, module.down_proj)
     plain = all(type(p) is nn.Linear and p.bias is None for p in projections)
     if not fused(x) or x.dim() < 2 or not plain or projections[0].weight.dtype != x.dtype:
         return type(module).forward(module, x)
-    return _by_rows(_Gated.apply, x, *(p.weight for p in projections))
+    return _by_rows(_Gated.apply, x, *(p.weight for p in projections), adds)
 
 
-def _linear(module: Any, x: Tensor) -> Tensor:
+def _linear(module: Any, x: Tensor, *, adds: bool = False) -> Tensor:
     if not fused(x) or x.dim() < 2 or module.weight.dtype != x.dtype:
         return type(module).forward(module, x)
-    return _by_rows(_Linear.apply, x, module.weight)
+    product = _by_rows(_Linear.apply, x, module.weight, adds)
+    return product if module.bias is None else product + module.bias
 
 
-def _by_rows(function: Callable[..., Tensor], x: Tensor, *weights: Tensor) -> Tensor:
+def _by_rows(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
     """On (n, K) whatever the shape before it: a view that is made inside a function cannot be changed in place."""
-    return function(x.flatten(0, -2), *weights).unflatten(0, x.shape[:-1])
+    return function(x.flatten(0, -2), *rest).unflatten(0, x.shape[:-1])
 
 
 def _embedded(module: nn.Embedding, ids: Tensor) -> Tensor:
@@ -191,7 +203,7 @@ class Fused:
         self._embeddings = [(module, partial(_embedded, module)) for module in own
                             if type(module) is nn.Embedding and module.max_norm is None]
         self._open = False
-        self.adds = False  # do the embeddings add to the gradient that is there instead of making one as large?
+        self.adds = False  # do embeddings and products add to the gradient that is there instead of making another?
         known: dict[tuple[Any, ...], Callable[..., Tensor] | None] = {}
         for module in own:
             key = (type(module), frozenset(name for name, _ in module.named_parameters()), _eps(module),
@@ -206,16 +218,15 @@ class Fused:
                 self._rotaries[file.__name__] = partial(_rotary, vars(file)[ROTARY])
 
     @contextmanager
-    def installed(self, products: bool = True) -> Iterator[None]:
-        """Inside this block the model's modules are the fused ones; a block inside another changes nothing more.
-
-        Without `products`, those that multiply by a matrix are left to whoever does that otherwise.
-        """
+    def installed(self) -> Iterator[None]:
+        """Inside this block the model's modules are the fused ones; a block inside another changes nothing more."""
         if self._open:
             yield
             return
-        new = [*(pair for pair in self._forwards if products or not _multiplies(pair[0])),
-               *(self._embeddings if self.adds else ())]
+        new = self._forwards
+        if self.adds:
+            new = [(module, partial(forward, adds=True) if _multiplies(module) else forward) for module, forward in new]
+            new = [*new, *self._embeddings]
         files = {sys.modules[name]: function for name, function in self._rotaries.items()}
         before = {file: vars(file)[ROTARY] for file in files}
         self._open = True
@@ -244,7 +255,7 @@ def _eps(module: nn.Module) -> Any:
 def _form_of(module: nn.Module) -> Callable[..., Tensor] | None:
     """The fused forward of a module of this kind, if one gives the same numbers on a probe."""
     names = {name for name, _ in module.named_parameters()}
-    if type(module) is nn.Linear and names == {"weight"}:
+    if type(module) is nn.Linear and "weight" in names:
         return _linear
     forms: list[Callable[..., Tensor]] = []
     if names == {"weight"} and "RMSNorm" in type(module).__name__ and isinstance(_eps(module), float):
