@@ -145,6 +145,20 @@ class _Embedded(torch.autograd.Function):
         return None, None, None, None
 
 
+class _Forgets:
+    """A context in which nothing is kept, where no gradient is taken: `apply` costs as much as a small operation."""
+
+    needs_input_grad = (False,) * 8
+
+    def save_for_backward(self, *_: Any) -> None:
+        pass
+
+
+def _run(function: type[torch.autograd.Function], *given: Any) -> Tensor:
+    out: Tensor = function.apply(*given) if torch.is_grad_enabled() else function.forward(_Forgets(), *given)
+    return out
+
+
 def fused(x: Tensor) -> bool:
     """Is this what the functions here are for?"""
     return x.device.type == "cpu" and x.dtype == torch.float32
@@ -154,7 +168,7 @@ def _norm(module: nn.Module, x: Tensor, *, eps: float, offset: float) -> Tensor:
     weight: Any = module.weight
     if not fused(x) or weight.dtype != x.dtype:
         return type(module).forward(module, x)
-    return _Norm.apply(x, weight + offset if offset else weight, eps)
+    return _run(_Norm, x, weight + offset if offset else weight, eps)
 
 
 def _gated(module: Any, x: Tensor, *, adds: bool = False) -> Tensor:
@@ -162,19 +176,19 @@ def _gated(module: Any, x: Tensor, *, adds: bool = False) -> Tensor:
     plain = all(type(p) is nn.Linear and p.bias is None for p in projections)
     if not fused(x) or x.dim() < 2 or not plain or projections[0].weight.dtype != x.dtype:
         return type(module).forward(module, x)
-    return _by_rows(_Gated.apply, x, *(p.weight for p in projections), adds)
+    return _by_rows(_Gated, x, *(p.weight for p in projections), adds)
 
 
 def _linear(module: Any, x: Tensor, *, adds: bool = False) -> Tensor:
     if not fused(x) or x.dim() < 2 or module.weight.dtype != x.dtype:
         return type(module).forward(module, x)
-    product = _by_rows(_Linear.apply, x, module.weight, adds)
+    product = _by_rows(_Linear, x, module.weight, adds)
     return product if module.bias is None else product + module.bias
 
 
-def _by_rows(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+def _by_rows(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Tensor:
     """On (n, K) whatever the shape before it: a view that is made inside a function cannot be changed in place."""
-    return function(x.flatten(0, -2), *rest).unflatten(0, x.shape[:-1])
+    return _run(function, x.flatten(0, -2), *rest).unflatten(0, x.shape[:-1])
 
 
 def _embedded(module: nn.Embedding, ids: Tensor) -> Tensor:
@@ -189,7 +203,7 @@ def _rotary(original: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin
     if rest or more or not fused(q) or cos.dtype != q.dtype or cos.shape[-1] != q.shape[-1]:
         return original(q, k, cos, sin, *rest, unsqueeze_dim=unsqueeze_dim, **more)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)
+    return _run(_Rotated, q, cos, sin), _run(_Rotated, k, cos, sin)
 
 
 class Fused:
