@@ -22,10 +22,12 @@ class DecodeCache:
         self.lengths = prompt_lengths
         self.row_group = row_group
         self.written = 0
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self._capacity = min(FIRST_CAPACITY, most)
-        self._prompt = prompts  # by layer: (groups, Hkv, P, D)
-        self._response: dict[int, tuple[Tensor, Tensor]] = {}
+        # Heads first, as queries come: then rows of whole groups are a group's slots without a copy.
+        self._prompt = {layer: (k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous())
+                        for layer, (k, v) in prompts.items()}  # by layer: (Hkv, groups, P, D)
+        self._response: dict[int, tuple[Tensor, Tensor]] = {}  # (Hkv, B, capacity, D)
         self._index_rows()
 
     def positions(self) -> Tensor:
@@ -35,45 +37,50 @@ class DecodeCache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
                window: int | None) -> Tensor:
         """One token of every row: query (Hq, B, D), key and value (Hkv, B, D) to (B, Hq, D)."""
-        rows, kv_heads, width = query.shape[1], key.shape[0], query.shape[2]
-        repeat = query.shape[0] // kv_heads
-        own_k, own_v = self._append(layer, key, value)
-        prompt_k, prompt_v = self._prompt[layer]
-        q = (query * scaling).transpose(0, 1).reshape(rows, kv_heads, repeat, width)
-        on_prompt = self._by_row(self._by_group(q) @ prompt_k.transpose(-1, -2), repeat)
-        scores = torch.cat([on_prompt, q @ own_k.transpose(-1, -2)], dim=-1)  # (B, Hkv, repeat, P + written)
-        scores = scores.masked_fill(self._hidden(prompt_k.shape[2], window), float("-inf"))
+        (kv_heads, rows, width), repeat = key.shape, query.shape[0] // key.shape[0]
+        own_k, own_v = self._append(layer, key, value)  # (Hkv B, written + 1, D)
+        prompt_k, prompt_v = (x.flatten(0, 1) for x in self._prompt[layer])  # (Hkv groups, P, D)
+        q = query.new_empty(kv_heads, rows, repeat, width)
+        torch.mul(query.view(kv_heads, repeat, rows, width).transpose(1, 2), scaling, out=q)
+        on_prompt = self._by_row(torch.bmm(self._by_group(q), prompt_k.transpose(1, 2)), repeat)
+        own = torch.bmm(q.flatten(0, 1), own_k.transpose(1, 2))
+        scores = torch.cat([on_prompt, own], dim=-1)  # (Hkv B, repeat, P + written + 1)
+        hidden = self._hidden(prompt_k.shape[1], window)
+        if hidden is not None:
+            scores.view(kv_heads, rows, repeat, -1).masked_fill_(hidden, float("-inf"))
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        over_prompt, over_own = probs[..., : prompt_k.shape[2]], probs[..., prompt_k.shape[2]:]
-        back = self._by_row(self._by_group(over_prompt) @ prompt_v, repeat)
-        return (back + over_own @ own_v).reshape(rows, kv_heads * repeat, width)
+        over_prompt, over_own = probs.split([prompt_k.shape[1], own_k.shape[1]], dim=-1)
+        back = self._by_row(torch.bmm(self._by_group(over_prompt.unflatten(0, (kv_heads, rows))), prompt_v), repeat)
+        out = torch.baddbmm(back, over_own, own_v).view(kv_heads, rows, repeat, width)
+        return out.transpose(0, 1).reshape(rows, kv_heads * repeat, width)
 
     def _by_group(self, x: Tensor) -> Tensor:
-        """(B, Hkv, repeat, ...) to (groups, Hkv, slots repeat, ...)."""
-        slotted = x.view(*self._slots.shape, *x.shape[1:]) if self._full else x[self._slots]
-        return slotted.transpose(1, 2).flatten(2, 3)
+        """(Hkv, B, repeat, ...) to (Hkv groups, slots repeat, ...)."""
+        groups, slots = self._slots.shape
+        slotted = x if self._full else x[:, self._slots.flatten()]
+        return slotted.flatten(0, 1).view(-1, slots * x.shape[2], x.shape[3])
 
     def _by_row(self, x: Tensor, repeat: int) -> Tensor:
-        """The inverse of `_by_group`."""
-        slotted = x.unflatten(2, (-1, repeat)).transpose(1, 2)
-        return slotted.flatten(0, 1) if self._full else slotted[self._place]
+        """The inverse of `_by_group`, with heads and rows together: (Hkv B, repeat, ...)."""
+        groups, slots = self._slots.shape
+        slotted = x.view(-1, groups, slots, repeat, x.shape[2])
+        return (slotted if self._full else slotted[:, *self._place]).flatten(0, -3)
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        new_k, new_v = key.transpose(0, 1).unsqueeze(2), value.transpose(0, 1).unsqueeze(2)  # (B, Hkv, 1, D)
         if layer not in self._response:
-            shape = (*new_k.shape[:2], self._capacity, new_k.shape[3])
-            self._response[layer] = new_k.new_empty(shape), new_v.new_empty(shape)
+            shape = (*key.shape[:2], self._capacity, key.shape[2])
+            self._response[layer] = key.new_empty(shape), value.new_empty(shape)
         held_k, held_v = self._response[layer]
         if self.written >= held_k.shape[2]:
             grow = (0, 0, 0, held_k.shape[2])
             held_k, held_v = pad(held_k, grow), pad(held_v, grow)
             self._response[layer] = held_k, held_v
-        held_k[:, :, self.written : self.written + 1] = new_k
-        held_v[:, :, self.written : self.written + 1] = new_v
-        return held_k[:, :, : self.written + 1], held_v[:, :, : self.written + 1]
+        held_k[:, :, self.written] = key
+        held_v[:, :, self.written] = value
+        return held_k.flatten(0, 1)[:, : self.written + 1], held_v.flatten(0, 1)[:, : self.written + 1]
 
-    def _hidden(self, prompt: int, window: int | None) -> Tensor:
-        """True where a row must not look, (B, 1, 1, P + written + 1): padding, and what a window has left behind."""
+    def _hidden(self, prompt: int, window: int | None) -> Tensor | None:
+        """True where a row must not look, (B, 1, P + written + 1): padding, and what a window has left behind."""
         key = (prompt, window)
         if key not in self._masks:
             device = self.lengths.device
@@ -85,7 +92,8 @@ class DecodeCache:
             if window is not None:
                 beyond = beyond | (lengths + self.written - at >= window)
                 far = (self.written - own >= window).expand_as(far)
-            self._masks[key] = torch.cat([beyond, far], dim=1)[:, None, None, :]
+            hidden = torch.cat([beyond, far], dim=1)[:, None, :]
+            self._masks[key] = hidden if hidden.any() else None
         return self._masks[key]
 
     def advance(self) -> None:
@@ -96,9 +104,9 @@ class DecodeCache:
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these (indices in order), and prompts that nobody reads any more."""
         kept_groups, self.row_group = torch.unique_consecutive(self.row_group[rows], return_inverse=True)
-        self._response = {layer: (k[rows], v[rows]) for layer, (k, v) in self._response.items()}
+        self._response = {layer: (k[:, rows], v[:, rows]) for layer, (k, v) in self._response.items()}
         if kept_groups.shape[0] < self.lengths.shape[0]:
-            self._prompt = {layer: (k[kept_groups], v[kept_groups]) for layer, (k, v) in self._prompt.items()}
+            self._prompt = {layer: (k[:, kept_groups], v[:, kept_groups]) for layer, (k, v) in self._prompt.items()}
             self.lengths = self.lengths[kept_groups]
         self._index_rows()
 
