@@ -8,8 +8,10 @@ Left at TRL's own defaults: everything that is not in `settings`, such as its lo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import random
 import resource
 import tempfile
 import time
@@ -17,7 +19,7 @@ import zlib
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-PROMPTS, GENERATIONS, NEW_TOKENS = 4, 4, 64  # as in step.py
+PROMPTS, GENERATIONS, NEW_TOKENS = 4, 4, 64  # as in step.py, which takes `drawn` from here
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
@@ -39,8 +41,39 @@ SDPO = {
 }
 
 
-def settings(micro_batch: int, steps: int, output: str) -> dict[str, Any]:
-    """One optimiser step of 4 prompts x 4 rollouts x exactly 64 new tokens, in micro-batches of `micro_batch`."""
+def drawn(step: int) -> list[int]:
+    """Lengths of a step's rollouts, 8 to 64 tokens, the last one an end token."""
+    return random.Random(step).choices(range(8, NEW_TOKENS + 1), k=PROMPTS * GENERATIONS)
+
+
+def end_rows(model: Any, end: int) -> None:
+    """Let every row of the next `generate` calls end at its drawn length, by token `end`, and not before."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Ends(LogitsProcessor):
+        def __init__(self, prompt: int, lengths: list[int]) -> None:
+            self.prompt, self.lengths = prompt, lengths
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            written = input_ids.shape[1] - self.prompt
+            scores[:, end] = -float("inf")
+            for row, length in enumerate(self.lengths):
+                if written + 1 == length:
+                    scores[row] = -float("inf")
+                    scores[row, end] = 0.0
+            return scores
+
+    generate, calls = model.generate, itertools.count()
+
+    def ended(**given: Any) -> Any:
+        width = given["input_ids"].shape[1]
+        return generate(**given, logits_processor=LogitsProcessorList([Ends(width, drawn(next(calls)))]))
+
+    model.generate = ended
+
+
+def settings(micro_batch: int, steps: int, output: str, lengths: str) -> dict[str, Any]:
+    """One optimiser step of 4 prompts x 4 rollouts x up to 64 new tokens, in micro-batches of `micro_batch`."""
     return {
         "output_dir": output,
         "max_steps": steps,
@@ -48,7 +81,7 @@ def settings(micro_batch: int, steps: int, output: str) -> dict[str, Any]:
         "gradient_accumulation_steps": PROMPTS * GENERATIONS // micro_batch,  # all 16 are sampled at once
         "num_generations": GENERATIONS,
         "max_completion_length": NEW_TOKENS,
-        "generation_kwargs": {"min_new_tokens": NEW_TOKENS},
+        "generation_kwargs": {"min_new_tokens": NEW_TOKENS} if lengths == "all" else {},
         "temperature": 1.0,
         "beta": 0.0,
         "learning_rate": 1e-6,
@@ -71,6 +104,7 @@ def main() -> None:
     parser.add_argument("--method", default="grpo", choices=["grpo", "sdpo"])
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--lengths", default="all", choices=["all", "drawn"])
     args = parser.parse_args()
 
     import torch
@@ -94,15 +128,18 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     clock = Clock()
     with tempfile.TemporaryDirectory() as output:
-        given = settings(args.micro_batch, args.steps, output)
+        given = settings(args.micro_batch, args.steps, output, args.lengths)
         if args.method == "grpo":
             trainer_class, config, reward_function = trl.GRPOTrainer, trl.GRPOConfig(**given), reward
         else:
             from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
             trainer_class, config, reward_function = SDPOTrainer, SDPOConfig(**given, **SDPO), succeed
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        if args.lengths == "drawn":
+            end_rows(model, tokenizer.eos_token_id)
         trainer = trainer_class(
-            model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+            model=model,
             reward_funcs=reward_function,
             args=config,
             train_dataset=Dataset.from_list(rows),
@@ -111,11 +148,11 @@ def main() -> None:
         )
         clock.last = time.monotonic()
         trainer.train()
-    lengths = {row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row}
+    lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
     result = {
         "steps_s": [round(s, 3) for s in clock.seconds],
-        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3),
-        "mean_new_tokens": sorted(lengths),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+        "mean_new_tokens": lengths,
         "threads": torch.get_num_threads(),
         "versions": {"trl": trl.__version__, "torch": torch.__version__},
     }

@@ -1,12 +1,13 @@
 """Time and peak memory of one GRPO or SDPO step, ours beside TRL's, on the same model, prompts, threads and precision.
 
     python benchmarks/step.py --peer-python PATH/TO/VENV-WITH-TRL/bin/python --out step.json
-    python benchmarks/step.py --method sdpo --peer-python ...
+    python benchmarks/step.py --method sdpo --lengths drawn --peer-python ...
 
-A step: 4 prompts of 128 tokens x 4 rollouts of exactly 64 new tokens, float32, one optimiser update, the whole loop
-(sampling, reward, loss, update). Micro-batches of 1, 4 and 16 rollouts; the two sides take turns, each run in a process
-of its own so that its peak memory is its own. The first step of a run is warm-up and not counted. The machine must be
-quiet; on 2 cores it takes half an hour. The reward of GRPO is a hash of the text: this measures time, not learning.
+A step: 4 prompts of 128 tokens x 4 rollouts of exactly 64 new tokens, or of 8 to 64, float32, one optimiser update, the
+whole loop (sampling, reward, loss, update). Micro-batches of 1, 4 and 16 rollouts; the two sides take turns, each run
+in a process of its own so that its peak memory is its own. The first step of a run is warm-up and not counted. The
+machine must be quiet; on 2 cores it takes a quarter of an hour. Drawn lengths are forced upon both sides' samplers, the
+same ones in each step. The reward of GRPO is a hash of the text: this measures time, not learning.
 SDPO: each rollout is a success, so its teacher, an average of the student's weights, sees a sibling's text; the
 objective is the published one on both sides (js on 100 tokens and a tail).
 """
@@ -30,7 +31,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-PROMPTS, GENERATIONS, PROMPT_TOKENS, NEW_TOKENS = 4, 4, 128, 64
+from peer_trl import GENERATIONS, NEW_TOKENS, PROMPTS, drawn
+
+PROMPT_TOKENS = 128
 TEXT = "The quick brown fox jumps over the lazy dog and then counts to ten slowly. " * 60
 HERE = Path(__file__).resolve().parent
 
@@ -129,12 +132,40 @@ def watch(path: Path, seen: list[float], stop: threading.Event) -> None:
             seen.extend([time.monotonic()] * (lines - len(seen)))
 
 
-def ours(method: str, model: str, prompts: str, micro_batch: int, steps: int) -> dict[str, Any]:
+def end_rows(end: int) -> None:
+    """Let every row of the engine end at its drawn length by token `end`; its log-prob is recorded as the model's."""
+    import torch
+
+    from selftaught.rollout import transformers_engine as engine
+
+    steps, due, lengths = itertools.count(), list[bool](), dict[int, int]()
+    sample, draw = engine.TransformersEngine._draw, engine.draw
+
+    def row_by_row(self: Any, active: list[Any], logits: Any, position: int, sampling: Any) -> Any:
+        if position == 0:
+            lengths.clear()
+            lengths.update(zip(map(id, active), drawn(next(steps)), strict=True))
+        due[:] = [position + 1 == lengths[id(row)] for row in active]
+        return sample(self, active, logits, position, sampling)
+
+    def ended(logits: Any, uniform: Any) -> Any:
+        tokens, logp = draw(logits, uniform)
+        rows = torch.tensor(due)
+        tokens[rows], logp[rows] = end, logits[rows].log_softmax(-1)[:, end]
+        return tokens, logp
+
+    engine.TransformersEngine._draw, engine.draw = row_by_row, ended
+
+
+def ours(method: str, model: str, prompts: str, micro_batch: int, steps: int, lengths: str) -> dict[str, Any]:
     """Seconds of each step and peak memory of `selftaught.train` in this process."""
     import torch
 
     import selftaught
+    from selftaught.score.hub import load_tokenizer
 
+    if lengths == "drawn":
+        end_rows(load_tokenizer(model).eos_token_id)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         metrics = out / "metrics.jsonl"
@@ -148,9 +179,11 @@ def ours(method: str, model: str, prompts: str, micro_batch: int, steps: int) ->
     ends = [began, *(end for end, row in zip(seen, rows, strict=True) if "reward" in row)]
     return {
         "steps_s": [round(b - a, 3) for a, b in itertools.pairwise(ends)],
-        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3),
-        "workers_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 3),  # the largest one
-        "mean_new_tokens": sorted({row["completions/mean_length"] for row in rows if "reward" in row}),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+        "workers_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9, 3),  # the largest one
+        "mean_new_tokens": [row["completions/mean_length"] for row in rows if "reward" in row],
+        "parts_s": [{part: round(row[f"time/{part}"], 2) for part in ("sample", "score", "update")}
+                    for row in rows if "reward" in row],
         "threads": torch.get_num_threads(),
         "versions": {"selftaught": selftaught.__version__, "torch": torch.__version__},
     }
@@ -159,16 +192,16 @@ def ours(method: str, model: str, prompts: str, micro_batch: int, steps: int) ->
 # Taking turns.
 
 
-def child(command: list[str], threads: int) -> dict[str, Any]:
-    """Run one side in its own process; its last line is its result, or {"error": ...}."""
+def child(command: list[str], threads: int, lengths: list[float]) -> dict[str, Any]:
+    """Run one side in its own process; its last line is its result, or {"error": ...}. `lengths`: each step's mean."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
            "THP_MEM_ALLOC_ENABLE": "1"}  # huge pages, as the command line asks for; for both sides
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    if result["mean_new_tokens"] != [float(NEW_TOKENS)]:
-        return {**result, "error": f"not exactly {NEW_TOKENS} new tokens: {result['mean_new_tokens']}"}
+    if result["mean_new_tokens"] != lengths:
+        return {**result, "error": f"mean lengths are {result['mean_new_tokens']}, not {lengths}"}
     return {**result, "median_s": round(statistics.median(result["steps_s"][1:] or result["steps_s"]), 2)}
 
 
@@ -177,7 +210,9 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, dict[str, Any]]:
     write_model(args.model, work / "model")
     write_prompts(work / "model", work / "prompts.jsonl")
     given = ["--model", str(work / "model"), "--prompts", str(work / "prompts.jsonl"), "--steps", str(args.steps),
-             "--method", args.method]
+             "--method", args.method, "--lengths", args.lengths]
+    size = PROMPTS * GENERATIONS
+    lengths = [sum(drawn(step)) / size if args.lengths == "drawn" else NEW_TOKENS for step in range(args.steps)]
     sides = {"ours": [sys.executable, str(HERE / "step.py"), "--ours"]}
     if args.peer_python:
         sides["trl"] = [args.peer_python, str(HERE / "peer_trl.py")]
@@ -185,7 +220,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, dict[str, Any]]:
     for micro_batch in args.micro_batch:
         for side, command in sides.items():
             print(f"micro-batch {micro_batch}, {side} ...", flush=True)
-            result = child([*command, *given, "--micro-batch", str(micro_batch)], args.threads)
+            result = child([*command, *given, "--micro-batch", str(micro_batch)], args.threads, lengths)
             print(f"  {result.get('error') or result['steps_s']}", flush=True)
             results[side][str(micro_batch)] = result
     return results
@@ -220,6 +255,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="quickstart", help="a folder, a Hub name or a shipped name")
     parser.add_argument("--method", default="grpo", choices=sorted(METHODS))
+    parser.add_argument("--lengths", default="all", choices=["all", "drawn"], help="of rollouts: 64 tokens, or 8 to 64")
     parser.add_argument("--steps", type=int, default=4, help="steps of a run, the first one as warm-up")
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[1, 4, 16], choices=[1, 4, 16])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -228,7 +264,7 @@ def main() -> None:
     parser.add_argument("--prompts", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.ours:
-        print(json.dumps(ours(args.method, args.model, args.prompts, args.micro_batch[0], args.steps)))
+        print(json.dumps(ours(args.method, args.model, args.prompts, args.micro_batch[0], args.steps, args.lengths)))
         return
     if args.peer_python and not shutil.which(args.peer_python):
         parser.error(f"--peer-python: there is no program {args.peer_python!r}")
@@ -236,8 +272,8 @@ def main() -> None:
         results = measure(args, Path(work))
     setting = {
         "method": args.method, "prompts": PROMPTS, "generations": GENERATIONS, "prompt_tokens": PROMPT_TOKENS,
-        "new_tokens": NEW_TOKENS, "dtype": "float32", "threads": args.threads, "model": args.model,
-        "machine": platform.processor(),
+        "new_tokens": NEW_TOKENS, "lengths": args.lengths, "dtype": "float32", "threads": args.threads,
+        "model": args.model, "machine": platform.processor(),
     }  # fmt: skip
     Path(args.out).write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
     print(table(results))

@@ -24,7 +24,7 @@ from selftaught.score.attention import Segments
 from selftaught.score.fused import Fused, _Gated, _Linear, _Norm, _Rotated
 from selftaught.score.hub import load_model
 from selftaught.tensors import MIN_COMMON, pack, upcast
-from selftaught.vocabulary import project, sampled_log_probs
+from selftaught.vocabulary import sampled_log_probs
 
 Ids = tuple[int, ...]
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}

@@ -75,26 +75,42 @@ def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
     W x^T. Weights of a 135M model out of memory, two cores with AVX-512: 16 rows 52 against 33 ms, 64 rows 128 against
     93, 380 rows 490 against 430; a head of 49,152 rows 19 against 7, 40 against 23, and 64 rows of it at a time after.
     """
-    known = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn()
-    differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    rows = x.numel() // x.shape[-1]
-    if not known or differentiated or not rows or (rows > MANY and not _has_amd_processor()):
+    if not _for_onednn(x, weight):
         return x @ weight.t()
-    if not weight.is_contiguous() or (rows > FEW and weight.shape[0] < WIDE):
-        return _onednn(x, weight)
-    flat = x.reshape(rows, -1)
-    if rows <= FEW:
-        out = _onednn(weight, flat).t().clone(memory_format=torch.contiguous_format)
+    rows = x.numel() // x.shape[-1]
+    if rows <= FEW and weight.is_contiguous():
+        out = turned(x.reshape(rows, -1), weight).t()
+        out = out.contiguous() if rows > 1 else out.clone()  # of one row it is contiguous, and a view
         return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    filled = out.view(rows, -1)
-    for start in range(0, rows, FEW):
-        filled[start : start + FEW] = _onednn(weight, flat[start : start + FEW]).t()
-    return out
+    if weight.shape[0] >= WIDE and weight.is_contiguous():
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        flat, filled = x.reshape(rows, -1), out.view(rows, -1)
+        for start in range(0, rows, FEW):
+            filled[start : start + FEW] = _onednn(weight, flat[start : start + FEW]).t()
+        return out
+    return _onednn(x, weight)
+
+
+def turns(x: Tensor, *weights: Tensor) -> bool:
+    """Are the rows of x (rows, K) so few that `turned` is the fastest product with all of these?"""
+    return x.shape[0] <= FEW and all(w.is_contiguous() and _for_onednn(x, w) for w in weights)
+
+
+def turned(x: Tensor, weight: Tensor) -> Tensor:
+    """W x^T, (M, rows) of x (rows, K)."""
+    return _onednn(weight, x)
+
+
+def _for_onednn(x: Tensor, weight: Tensor) -> bool:
+    if not (x.is_cpu and x.dtype == weight.dtype == torch.float32 and _has_onednn() and x.numel()):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    return x.numel() <= MANY * x.shape[-1] or _has_amd_processor()
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:

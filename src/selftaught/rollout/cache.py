@@ -56,9 +56,8 @@ class DecodeCache:
 
     def _by_group(self, x: Tensor) -> Tensor:
         """(Hkv, B, repeat, ...) to (Hkv groups, slots repeat, ...)."""
-        groups, slots = self._slots.shape
         slotted = x if self._full else x[:, self._slots.flatten()]
-        return slotted.flatten(0, 1).view(-1, slots * x.shape[2], x.shape[3])
+        return slotted.flatten(0, 1).view(-1, self._slots.shape[1] * x.shape[2], x.shape[3])
 
     def _by_row(self, x: Tensor, repeat: int) -> Tensor:
         """The inverse of `_by_group`, with heads and rows together: (Hkv B, repeat, ...)."""

@@ -21,7 +21,7 @@ from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
 from selftaught.score.fused import Fused
 from selftaught.tensors import Packed, pack, upcast
-from selftaught.vocabulary import Head, finish, project
+from selftaught.vocabulary import Head, project
 
 PROBE_TOLERANCE = 1e-3  # of the largest logit; in float32 layouts differ by the order of sums alone
 LOW_TOLERANCE = 0.1  # the same in bfloat16
