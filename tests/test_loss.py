@@ -257,6 +257,23 @@ def test_a_head_scales_then_caps() -> None:
     assert as_head(head) is head
 
 
+@pytest.mark.parametrize("banned", [False, True])
+def test_a_sampled_log_prob_alone_has_the_value_gradient_and_entropy_of_the_log_softmax(banned: bool) -> None:
+    z, tokens, scale = normal(5, 7, std=3), torch.tensor([0, 6, 3, 3, 1]), normal(5)
+    if banned:
+        z[:, 4] = -torch.inf
+    plain, own = z.clone().requires_grad_(), z.clone().requires_grad_()
+    wanted = plain.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    dist = TokenDist(own, tokens)
+    assert dist.at_sampled.equal(wanted)
+    with torch.no_grad():
+        p, log_p = plain.softmax(-1), plain.log_softmax(-1).clamp(min=-1e9)
+        torch.testing.assert_close(dist.entropy(), -(p * log_p).sum(-1))
+    (gradient,) = torch.autograd.grad((wanted * scale).sum(), plain)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(dist.at_sampled, own, scale, retain_graph=True)[0], gradient)
+
+
 def test_the_chunk_is_a_function_of_the_vocabulary_and_bounded() -> None:
     assert chunk_size(50) == 1024 and chunk_size(10**9) == 32  # whole blocks of rows, and never less than one
     assert (chunk_size(49_152) - 32) * 49_152 < CHUNK_ELEMENTS <= chunk_size(49_152) * 49_152

@@ -15,7 +15,7 @@ from selftaught.tensors import fast_linear, product, upcast
 
 ROWS = 32  # a chunk is a multiple of it: matrix kernels read whole blocks
 NO_MASS = -1e4  # a log-prob whose exponential is 0, in float64 too
-CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in float32
+CHUNK_ELEMENTS = 2**21  # logits of one chunk, about: 8 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ def project(hidden_nH: Tensor, head: Head) -> Tensor:
 class _AtSampled(torch.autograd.Function):
     """Log-probs of the sampled tokens, (n,) of logits (n, V), and beside them the entropies (n,), without a gradient.
 
-    For a loss that takes nothing else: the gradient is made in the probabilities' own memory, with no row of zeros to
+    For a loss that takes nothing else: the gradient is made in the memory of the probabilities, with no row of zeros to
     scatter into.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_nV: Tensor, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs = torch.log_softmax(logits_nV, dim=-1)
+        log_probs = torch.log_softmax(logits_nV, dim=-1)  # bit for bit what all others gather from
         ctx.probs, ctx.logits, ctx.tokens = log_probs.exp(), logits_nV, tokens_n
         entropy_n = _entropy(ctx.probs, log_probs)
         ctx.mark_non_differentiable(entropy_n)
@@ -82,7 +82,7 @@ class _AtSampled(torch.autograd.Function):
     def backward(ctx: Any, grad_n: Tensor | None, _: None) -> tuple[Tensor | None, None]:
         if grad_n is None:
             return None, None
-        probs = torch.softmax(ctx.logits, dim=-1) if ctx.probs is None else ctx.probs  # a second time, if retained
+        probs = torch.softmax(ctx.logits, dim=-1) if ctx.probs is None else ctx.probs  # of a retained graph: anew
         ctx.probs = None
         grad = probs.mul_(-grad_n[:, None])
         return grad.scatter_add_(-1, ctx.tokens[:, None], grad_n[:, None]), None
