@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,6 +77,21 @@ def test_a_study_runs_what_is_missing_once_and_makes_its_table(
     assert study.run(out, said.append, only=("rlsd", "gkd"), jobs=2, overrides=extra) == table
     assert sorted(said) == ["gkd-right-0: done", "gkd-right-0: started", "rlsd-wrong-0: done", "rlsd-wrong-0: resumed"]
     assert not any((out / name / "checkpoints").exists() for name in ("gkd-right-0", "rlsd-wrong-0"))
+
+
+def test_a_termination_reaches_the_runs_and_ends_the_study(tmp_path: Path) -> None:
+    began = tmp_path / "began"
+    code = ("import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
+            f"pathlib.Path({str(began)!r}).touch(); time.sleep(600)")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), process.workers(1) as pool:
+        work = pool.submit(process.follow, [sys.executable, "-c", code], tmp_path / "log", 1)
+        queued = pool.submit(process.follow, [sys.executable, "-c", ""], tmp_path / "log", 1)
+        while not began.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        work.result()
+    assert work.result() == 7 and queued.cancelled() and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_after_an_interrupt_no_further_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from selftaught.records import Say
+
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def follow(command: Sequence[str], log: Path, jobs: int, environment: Mapping[str, str] | None = None) -> int:
+    """Run `command` to its end, one of `jobs` at a time, what it says at the end of `log`; its exit code."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
+                                   env={**os.environ, "OMP_NUM_THREADS": str(threads), **(environment or {})})
+    _running.add(process)
+    try:
+        return process.wait()
+    finally:
+        _running.discard(process)
 
 
 def train(recipe: str, folder: Path, overrides: Sequence[str], say: Say, *, jobs: int = 1) -> str:
@@ -30,31 +47,46 @@ def train(recipe: str, folder: Path, overrides: Sequence[str], say: Say, *, jobs
                *(["--resume"] if resume else [])]  # fmt: skip
     log = folder.with_name(f"{folder.name}.log")
     say(f"{folder.name}: {'resumed' if resume else 'started'}")
-    with log.open("a", encoding="utf-8") as file:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False,
-                              env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    code = follow(command, log, jobs)
     if (folder / "results.json").is_file():
         _discard(folder / "checkpoints")
         say(f"{folder.name}: done")
         return ""
     last = log.read_text(encoding="utf-8").strip().splitlines()
     say(f"{folder.name}: failed, see {log}")
-    return last[-1] if last else f"exit code {done.returncode}"
+    return last[-1] if last else f"exit code {code}"
 
 
 @contextmanager
 def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
     """Threads that each follow a process; results are to be asked for within.
 
-    After Ctrl-C, which the processes hear themselves, no further one begins.
+    After Ctrl-C, which the processes hear themselves, or SIGTERM, which is passed on to them, no further one begins.
     """
-    with ThreadPoolExecutor(jobs) as pool:
+    with _passing_on(signal.SIGTERM), ThreadPoolExecutor(jobs) as pool:
         try:
             yield pool
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextmanager
+def _passing_on(number: signal.Signals) -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        for process in list(_running):
+            process.send_signal(number)
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(number, stop)
+    except ValueError:  # not the main thread: whoever embeds us handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _discard(checkpoints: Path) -> None:

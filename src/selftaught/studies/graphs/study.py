@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +28,7 @@ from selftaught.studies.graphs.arms import ARMS, BASE, SMALL, arms
 from selftaught.studies.graphs.claims import table
 from selftaught.studies.graphs.measures import measure
 from selftaught.studies.graphs.part import IN, Job, do
-from selftaught.studies.process import workers
+from selftaught.studies.process import follow, workers
 
 PCMI_GRAPHS = 128
 
@@ -159,15 +158,10 @@ def _here(job: Job, log: Path, say: Say) -> str:
 def _process(job: Job, log: Path, jobs: int, say: Say) -> str:
     """Do a part in a process of its own; its last words if it failed, else ""."""
     say(f"{log.stem}: started")
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run(
-            [sys.executable, "-m", "selftaught.studies.graphs.part", job.text()], stdout=file, stderr=subprocess.STDOUT,
-            check=False, env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE",
-                              "TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
-    say(f"{log.stem}: {'done' if done.returncode == 0 else f'failed, see {log}'}")
-    return "" if done.returncode == 0 else _last_words(log)
+    code = follow([sys.executable, "-m", "selftaught.studies.graphs.part", job.text()], log, jobs,
+                  {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"})
+    say(f"{log.stem}: {'done' if code == 0 else f'failed, see {log}'}")
+    return "" if code == 0 else _last_words(log)
 
 
 def _last_words(log: Path) -> str:
