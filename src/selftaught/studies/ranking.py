@@ -207,7 +207,7 @@ def picture(found: Mapping[str, Any], path: Path) -> bool:
         if row["share"] >= 0:
             axes.plot([labels.index(_label(row)) - 0.3, labels.index(_label(row)) + 0.3], [row["share"]] * 2,
                       color="#7a7f87", linewidth=1, linestyle="--")
-    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right")  # names of runs are long
     axes.set(ylabel="share of leaning responses", xlabel="planted (dashed), or which model")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e3e5e8")
