@@ -394,7 +394,7 @@ MUTANTS = [
     Mutant(
         "sampled_gradient_without_the_token",
         "vocabulary.py",
-        "return grad.scatter_add_(-1, tokens_n[:, None], grad_n[:, None]), None",
+        "return grad.scatter_add_(-1, ctx.tokens[:, None], grad_n[:, None]), None",
         "return grad, None",
         "test_loss.py",
     ),
