@@ -399,6 +399,20 @@ MUTANTS = [
         "test_loss.py",
     ),
     Mutant(
+        "tail_of_the_whole_vocabulary",
+        "loss/divergence.py",
+        "p = logp.exp().scatter_(-1, top, 0.0)\n        mass",
+        "p = logp.exp()\n        mass",
+        "test_method_facts.py",
+    ),
+    Mutant(
+        "tail_gradient_without_its_mass",
+        "loss/divergence.py",
+        "(grad / ctx.mass)[:, None]",
+        "grad[:, None]",
+        "test_method_facts.py",
+    ),
+    Mutant(
         "another_prompts_rows_taken_over",
         "before.py",
         '(row["prompt"], row["reference"]) != (prompt, problem.answer)',

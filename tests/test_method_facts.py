@@ -223,6 +223,30 @@ def test_a_tail_bucket_keeps_a_divergence_below_the_full_one_where_raw_sums_may_
     assert (raw < 0).float().mean() > 0.05
 
 
+@pytest.mark.parametrize("case", ["ordinary", "banned", "nothing left", "below float32's range"])
+def test_a_tail_has_the_value_and_gradient_of_the_log_sum_exp_of_the_rest(case: str) -> None:
+    z = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    if case == "banned":
+        z[:, 3] = -math.inf
+    elif case == "nothing left":
+        z[1, torch.arange(9) != 5] = -math.inf
+        z[1, 4] = 1.0
+    elif case == "below float32's range":
+        z[2, :7] -= 200.0
+    top = z.topk(2, dim=-1).indices
+    found, wanted = (z.clone().requires_grad_() for _ in range(2))
+    tail = with_tail(2, found)[0][:, -1]
+    rest = wanted.scatter(-1, top, -math.inf)
+    alive = rest.amax(-1) > -math.inf
+    expected = torch.logsumexp(rest[alive], -1)
+    torch.testing.assert_close(tail[alive], expected)
+    assert (tail[~alive] == -math.inf).all() and int((~alive).sum()) == (case == "nothing left")
+    (gradient,) = torch.autograd.grad(expected.sum(), wanted)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(tail[alive].sum(), found, retain_graph=True)[0], gradient)
+
+
+
 def test_the_tail_is_exact_where_the_kept_tokens_hold_nearly_everything() -> None:
     logits = torch.tensor([[60.0, 30.0, 0.0, -1.0]])
     tail = with_tail(2, logits.log_softmax(-1))[0][0, -1]

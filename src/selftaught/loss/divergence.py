@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from selftaught.tensors import product
 
+TINY = 1e-30  # a mass below it is summed from its logarithms
 DIVERGENCES = ("js", "kl_student_teacher", "kl_teacher_student")
 
 
@@ -91,8 +94,36 @@ def with_tail(k: int | None, student: Tensor, *others: Tensor) -> tuple[Tensor, 
     if k is None or k >= student.shape[-1]:
         return (student, *others)
     top = student.detach().topk(k, dim=-1).indices
-    return tuple(torch.cat([logp.gather(-1, top), log_sum_exp(logp.scatter(-1, top, -math.inf), -1)[:, None]], -1)
-                 for logp in (student, *others))
+    return tuple(torch.cat([logp.gather(-1, top), _rest(logp, top)[:, None]], -1) for logp in (student, *others))
+
+
+class _Rest(torch.autograd.Function):
+    """log of the mass outside `top`, (n,) of log-probs (n, V), in one tensor as large, which its gradient takes over."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+        p = logp.exp().scatter_(-1, top, 0.0)
+        mass = p.sum(-1)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(logp, top)
+            ctx.p, ctx.mass = p, mass
+        ctx.mark_non_differentiable(mass)
+        return mass.log(), mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        logp, top = ctx.saved_tensors
+        p = logp.exp().scatter_(-1, top, 0.0) if ctx.p is None else ctx.p  # of a retained graph: anew
+        ctx.p = None
+        return p.mul_((grad / ctx.mass)[:, None]), None
+
+
+def _rest(logp: Tensor, top: Tensor) -> Tensor:
+    tail, mass = _Rest.apply(logp, top)
+    if bool((mass > TINY).all()):
+        return tail
+    return log_sum_exp(logp.scatter(-1, top, -math.inf), -1)  # of what underflows, too
 
 
 def floored(floor: float, *logps: Tensor, alive: Tensor) -> tuple[Tensor, ...]:
