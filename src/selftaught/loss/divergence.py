@@ -98,7 +98,7 @@ def with_tail(k: int | None, student: Tensor, *others: Tensor) -> tuple[Tensor, 
 
 
 class _Rest(torch.autograd.Function):
-    """log of the mass outside `top`, (n,) of log-probs (n, V), in one tensor as large, which its gradient takes over."""
+    """log of the mass outside `top`, (n,) of log-probs (n, V): one tensor as large, which its gradient takes over."""
 
     @staticmethod
     def forward(ctx: Any, logp: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
