@@ -18,8 +18,8 @@ from selftaught.studies.graphs.claims import Tables
 from selftaught.studies.graphs.measures import by_problem, concepts, ladder, over_seeds
 from selftaught.studies.graphs.part import IN
 
-COLOURS = ("#6b7280", "#2563eb", "#16a34a", "#dc2626", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#65a30d", "#475569",
-           "#ea580c", "#0d9488")  # fmt: skip
+COLOURS = ("#6b7280", "#2563eb", "#16a34a", "#dc2626", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#65a30d", "#111827",
+           "#ea580c", "#0d9488", "#92400e")  # fmt: skip
 STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
          "table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #ddd;padding:.2rem .6rem;"
          "text-align:left;font-variant-numeric:tabular-nums}img{max-width:100%}")
