@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from own import cli, command, forked, lines, make_home, without_clocks, write_recipe
-from selftaught.session import Session
+from selftaught.session import Interrupts, Session
 
 STEPS = 6
 MOMENTS_OF_A_STEP = 14  # at least; those of an evaluation or a checkpoint come on top
@@ -182,6 +182,16 @@ def test_the_teacher_the_optimiser_and_the_cursor_matter_to_where_a_resumed_run_
     assert forked(action, home / "forgetful.log") == 0
     one, other = (load_file(folder / "final" / "model.safetensors") for folder in (reference, home / "runs/forgetful"))
     assert any(not tensor.equal(other[name]) for name, tensor in one.items())
+
+
+def test_two_terminations_at_a_time_are_one_and_a_later_one_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Interrupts() as interrupts:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.caught == signal.SIGTERM
+        monkeypatch.setattr(Interrupts, "ONE", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

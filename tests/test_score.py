@@ -588,11 +588,14 @@ def test_the_gradient_of_a_fused_function_is_that_of_its_differences(function: A
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # a tied head, and one of its own
 @pytest.mark.parametrize("rows", [None, 310])
-def test_gradients_added_in_place_are_the_gradients(family: str, rows: int | None) -> None:
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_gradients_added_in_place_are_the_gradients(family: str, rows: int | None, recomputed: bool) -> None:
     """Two micro-batches, with the padding token in a prompt: it teaches the embedding nothing, as ever."""
     found = []
     for in_place in (False, True):
         backbone = Backbone(families.SUPPORTED[family](), rows=rows)
+        if recomputed:
+            backbone.checkpoint_activations()
         with backbone.accumulating() if in_place else nullcontext() as head_grad:
             for seed in (0, 1):
                 response = tuple(token % 300 for token in ids(4, seed + 2))

@@ -25,10 +25,16 @@ MAY_CHANGE = ("out", "report", "checkpoint", "eval.before")
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM finish the step and save; a second one ends at once."""
+    """Ctrl-C and SIGTERM finish the step and save; a second one ends at once.
+
+    SIGTERM often comes twice at a time, from a scheduler to the whole group and from the process that follows this one.
+    """
+
+    ONE = 2.0  # seconds within which two SIGTERMs are one
 
     def __init__(self) -> None:
         self.caught: int | None = None
+        self._at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -44,9 +50,11 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM == self.caught and time.monotonic() - self._at < self.ONE:
+            return
         if self.caught is not None:
             raise KeyboardInterrupt
-        self.caught = number
+        self.caught, self._at = number, time.monotonic()
         # Written past Python's buffers and locks, which the code that was interrupted may hold.
         os.write(2, b"\nstopping after this step or evaluation, then saving; once more: stop at once\n")
 

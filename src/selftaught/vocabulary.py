@@ -71,7 +71,8 @@ class _AtSampled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_nV: Tensor, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
         log_probs = torch.log_softmax(logits_nV, dim=-1)  # bit for bit what all others gather from
-        ctx.probs, ctx.logits, ctx.tokens = log_probs.exp(), logits_nV, tokens_n
+        ctx.save_for_backward(logits_nV, tokens_n)
+        ctx.probs = log_probs.exp()
         entropy_n = _entropy(ctx.probs, log_probs)
         ctx.mark_non_differentiable(entropy_n)
         ctx.set_materialize_grads(False)
@@ -82,10 +83,11 @@ class _AtSampled(torch.autograd.Function):
     def backward(ctx: Any, grad_n: Tensor | None, _: None) -> tuple[Tensor | None, None]:
         if grad_n is None:
             return None, None
-        probs = torch.softmax(ctx.logits, dim=-1) if ctx.probs is None else ctx.probs  # of a retained graph: anew
+        logits_nV, tokens_n = ctx.saved_tensors
+        probs = torch.log_softmax(logits_nV, dim=-1).exp() if ctx.probs is None else ctx.probs  # if retained: anew
         ctx.probs = None
         grad = probs.mul_(-grad_n[:, None])
-        return grad.scatter_add_(-1, ctx.tokens[:, None], grad_n[:, None]), None
+        return grad.scatter_add_(-1, tokens_n[:, None], grad_n[:, None]), None
 
 
 def _entropy(probs_nV: Tensor, log_probs_nV: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class _Rest(torch.autograd.Function):
         logp, top = ctx.saved_tensors
         p = logp.exp().scatter_(-1, top, 0.0) if ctx.p is None else ctx.p  # of a retained graph: anew
         ctx.p = None
-        return p.mul_((grad / ctx.mass)[:, None]), None
+        return p.div_(ctx.mass[:, None]).mul_(grad[:, None]), None
 
 
 def _rest(logp: Tensor, top: Tensor) -> Tensor:

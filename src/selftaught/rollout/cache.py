@@ -24,9 +24,8 @@ class DecodeCache:
         self.written = 0
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self._capacity = min(FIRST_CAPACITY, most)
-        # Heads first, as queries come: then rows of whole groups are a group's slots without a copy.
-        self._prompt = {layer: (k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous())
-                        for layer, (k, v) in prompts.items()}  # by layer: (Hkv, groups, P, D)
+        # By layer (Hkv, groups, P, D), heads first, as queries come: rows of whole groups are its slots without a copy.
+        self._prompt = prompts
         self._response: dict[int, tuple[Tensor, Tensor]] = {}  # (Hkv, B, capacity, D)
         self._index_rows()
 
@@ -91,8 +90,8 @@ class DecodeCache:
             if window is not None:
                 beyond = beyond | (lengths + self.written - at >= window)
                 far = (self.written - own >= window).expand_as(far)
-            hidden = torch.cat([beyond, far], dim=1)[:, None, :]
-            self._masks[key] = hidden if hidden.any() else None
+            whole = window is None and self._whole
+            self._masks[key] = None if whole else torch.cat([beyond, far], dim=1)[:, None, :]
         return self._masks[key]
 
     def advance(self) -> None:
@@ -111,6 +110,7 @@ class DecodeCache:
 
     def _index_rows(self) -> None:
         """`_slots` (groups, m): row in each slot of a group, padded with the group's first; `_place`: its inverse."""
+        self._whole = bool((self.lengths == next(iter(self._prompt.values()))[0].shape[2]).all())  # no prompt is padded
         groups = self.lengths.shape[0]
         counts = torch.bincount(self.row_group, minlength=groups)
         self._full = bool((counts == counts[0]).all())  # then slots and rows are the same numbers: nothing to gather

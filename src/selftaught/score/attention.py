@@ -174,8 +174,8 @@ class Recorded(Segments):
         return super().attend(layer, query, key, value, scaling, window)
 
     def _by_prompt(self, x: Tensor) -> Tensor:
-        """(Hkv, T, D) to (prompts, Hkv, P, D), padded on the right."""
+        """(Hkv, T, D) to (Hkv, prompts, P, D), padded on the right."""
         longest = max(group.prompt for group in self.groups)
         return torch.stack([torch.cat([
             x[:, : self.common], pad(x[:, g.start : g.start + g.prompt], (0, 0, 0, longest - g.prompt)),
-        ], dim=1) for g in self.groups])
+        ], dim=1) for g in self.groups], dim=1)

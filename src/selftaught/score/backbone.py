@@ -110,7 +110,7 @@ class Backbone:
     def prefill(self, prompts: list[tuple[int, ...]]) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """Distinct prompts, each computed once: last hidden states (P, H), and keys and values by layer.
 
-        Keys and values are (prompts, Hkv, longest prompt, D), padded on the right.
+        Keys and values are (Hkv, prompts, longest prompt, D), padded on the right.
         """
         packed = pack(prompts, [(0,)] * len(prompts), str(self.device))
         segments = Recorded(packed)

@@ -57,7 +57,7 @@ class _Gated(torch.autograd.Function):
         if not any(ctx.needs_input_grad) and turns(x, gate, up):
             return fast_linear(silu(turned(x, gate), inplace=True).mul_(turned(x, up)).t(), down)
         gated, raised = fast_linear(x, gate), fast_linear(x, up)
-        ctx.adds = adds
+        ctx.into = (gate, up, down) if adds else (None,) * 3
         ctx.save_for_backward(x, gated, raised, gate, up, down)
         return fast_linear(silu(gated).mul_(raised), down)
 
@@ -68,14 +68,14 @@ class _Gated(torch.autograd.Function):
         active = silu(gated)
         of_gate = of_up = of_down = of_x = None
         if ctx.needs_input_grad[3]:
-            of_down = _of_weight(down, grad, active * raised, ctx.adds)
+            of_down = _of_weight(grad, active * raised, ctx.into[2])
         inner = fast_linear(grad, down.t())
         of_raised = active.mul_(inner)
         of_gated = torch.ops.aten.silu_backward(inner.mul_(raised), gated)
         if ctx.needs_input_grad[1]:
-            of_gate = _of_weight(gate, of_gated, x, ctx.adds)
+            of_gate = _of_weight(of_gated, x, ctx.into[0])
         if ctx.needs_input_grad[2]:
-            of_up = _of_weight(up, of_raised, x, ctx.adds)
+            of_up = _of_weight(of_raised, x, ctx.into[1])
         if ctx.needs_input_grad[0]:
             of_x = fast_linear(of_gated, gate.t()).add_(fast_linear(of_raised, up.t()))
         return of_x, of_gate, of_up, of_down, None
@@ -86,7 +86,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, adds: bool) -> Tensor:
-        ctx.adds = adds
+        ctx.into = weight if adds else None
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return fast_linear(x, weight)
 
@@ -95,15 +95,18 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x = fast_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        return of_x, _of_weight(weight, grad, x, ctx.adds) if ctx.needs_input_grad[1] else None, None
+        return of_x, _of_weight(grad, x, ctx.into) if ctx.needs_input_grad[1] else None, None
 
 
-def _of_weight(weight: Tensor, grad: Tensor, x: Tensor, adds: bool) -> Tensor | None:
-    """The gradient of W in x W^T, (M, K) from (n, M) and (n, K); None where it `adds` to the one that is there."""
-    hooked = weight._backward_hooks or weight._post_accumulate_grad_hooks
-    if not adds or not weight.is_leaf or weight.grad is None or hooked:
+def _of_weight(grad: Tensor, x: Tensor, into: Tensor | None) -> Tensor | None:
+    """The gradient of W in x W^T, (M, K) from (n, M) and (n, K); None where it was added to that of `into`.
+
+    `into` is the parameter itself: what a recomputed layer saved of it is a copy without a gradient.
+    """
+    if into is None or not into.is_leaf or into.grad is None or into._backward_hooks or \
+            into._post_accumulate_grad_hooks:
         return grad.t() @ x
-    weight.grad.addmm_(grad.t(), x)
+    into.grad.addmm_(grad.t(), x)
     return None
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 from selftaught.records import Say
 
 _running: set[subprocess.Popen[bytes]] = set()
+_told: list[int] = []  # the signals that have been passed on: who begins after one hears it too
 
 
 def follow(command: Sequence[str], log: Path, jobs: int, environment: Mapping[str, str] | None = None) -> int:
@@ -25,8 +26,13 @@ def follow(command: Sequence[str], log: Path, jobs: int, environment: Mapping[st
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
                                    env={**os.environ, "OMP_NUM_THREADS": str(threads), **(environment or {})})
     _running.add(process)
+    for number in _told:
+        process.send_signal(number)
     try:
         return process.wait()
+    except BaseException:
+        process.terminate()
+        raise
     finally:
         _running.discard(process)
 
@@ -74,6 +80,7 @@ def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
 @contextmanager
 def _passing_on(number: signal.Signals) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
+        _told.append(number)
         for process in list(_running):
             process.send_signal(number)
         raise KeyboardInterrupt
@@ -86,7 +93,8 @@ def _passing_on(number: signal.Signals) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(number, before)
+        _told.clear()
+        signal.signal(number, before or signal.SIG_DFL)
 
 
 def _discard(checkpoints: Path) -> None:
