@@ -21,9 +21,9 @@ from selftaught.methods import Method, batch_credit, build, names
 from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, TokenLoss, Verdict, View
 from selftaught.score import Backbone, Scorer, heap, views
 from selftaught.score.attention import Segments
-from selftaught.score.fused import Fused, _Gated, _Linear, _Norm, _Rotated
+from selftaught.score.fused import Fused, _Forgets, _Gated, _Linear, _Norm, _Rotated
 from selftaught.score.hub import load_model
-from selftaught.tensors import MIN_COMMON, pack, upcast
+from selftaught.tensors import MIN_COMMON, fast_linear, pack, upcast
 from selftaught.vocabulary import sampled_log_probs
 
 Ids = tuple[int, ...]
@@ -621,6 +621,18 @@ def test_the_embedding_makes_no_gradient_of_its_own_where_one_is_there() -> None
         embedding(torch.tensor([0, 5, 5, 7])).sum().backward()
     assert embedding.weight.grad is before
     assert before[[0, 5, 7, 8], 0].tolist() == [2.0, 4.0, 3.0, 2.0]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 64, 65])
+@pytest.mark.parametrize("inner", [7, 32 * 16 * 3])
+def test_a_gated_layer_of_few_rows_has_the_bits_of_its_separate_layers(rows: int, inner: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, gate, up = (torch.randn(n, 24, generator=generator) for n in (rows, inner, inner))
+    down = torch.randn(24, inner, generator=generator)
+    apart = torch.nn.functional.silu(fast_linear(x, gate)) * fast_linear(x, up)
+    with torch.no_grad():
+        found = _Gated.forward(_Forgets(), x, gate, up, down, False)
+    assert found.equal(fast_linear(apart, down))
 
 
 def test_a_module_that_only_looks_like_a_known_one_keeps_its_forward() -> None:

@@ -24,6 +24,7 @@ from torch.nn.functional import silu
 from selftaught.tensors import fast_linear, turned, turns
 
 CLOSE = 1e-5  # of the largest number of a probe
+VECTORS = 32  # numbers that torch's elementwise loops take at a time
 ROTARY = "apply_rotary_pos_emb"  # the name of the function in every model file of transformers that has one
 
 
@@ -54,8 +55,11 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, adds: bool) -> Tensor:
-        if not any(ctx.needs_input_grad) and turns(x, gate, up):
-            return fast_linear(silu(turned(x, gate), inplace=True).mul_(turned(x, up)).t(), down)
+        # Turned it has the bits of separate layers only where no element is left over by a thread's vectors.
+        whole = gate.shape[0] % (VECTORS * torch.get_num_threads()) == 0
+        if whole and not any(ctx.needs_input_grad) and turns(x, gate, up):
+            inner = silu(turned(x, gate), inplace=True).mul_(turned(x, up))
+            return fast_linear(inner.t().contiguous(), down)
         gated, raised = fast_linear(x, gate), fast_linear(x, up)
         ctx.into = (gate, up, down) if adds else (None,) * 3
         ctx.save_for_backward(x, gated, raised, gate, up, down)
