@@ -75,7 +75,7 @@ def updates(method: str, model: str, prompts: str, new_tokens: int, count: int) 
         if ground.rewarder is not None:
             ground.rewarder.close()
     return {"seconds": [round(s, 3) for s in seconds[1:]],
-            "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3),
+            "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
             "tokens": sum(len(r.token_ids) for r in rollouts), "threads": torch.get_num_threads()}  # fmt: skip
 
 

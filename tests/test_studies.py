@@ -82,12 +82,13 @@ def test_a_study_runs_what_is_missing_once_and_makes_its_table(
 def test_a_termination_reaches_the_runs_and_ends_the_study(tmp_path: Path) -> None:
     began = tmp_path / "began"
     code = ("import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
-            f"pathlib.Path({str(began)!r}).touch(); time.sleep(600)")
+            f"pathlib.Path({str(began)!r}).touch(); time.sleep(60)")
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), process.workers(1) as pool:
         work = pool.submit(process.follow, [sys.executable, "-c", code], tmp_path / "log", 1)
         queued = pool.submit(process.follow, [sys.executable, "-c", ""], tmp_path / "log", 1)
         while not began.exists():
+            assert not work.done()  # a process that failed to begin is a failure, not a wait
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
         work.result()

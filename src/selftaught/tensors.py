@@ -86,7 +86,7 @@ def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
         flat, filled = x.reshape(rows, -1), out.view(rows, -1)
         for start in range(0, rows, FEW):
-            filled[start : start + FEW] = _onednn(weight, flat[start : start + FEW]).t()
+            filled[start : start + FEW] = turned(flat[start : start + FEW], weight).t()
         return out
     return _onednn(x, weight)
 

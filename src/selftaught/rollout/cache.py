@@ -22,7 +22,7 @@ class DecodeCache:
         self.lengths = prompt_lengths
         self.row_group = row_group
         self.written = 0
-        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._capacity = min(FIRST_CAPACITY, most)
         # By layer (Hkv, groups, P, D), heads first, as queries come: rows of whole groups are its slots without a copy.
         self._prompt = prompts
@@ -78,7 +78,9 @@ class DecodeCache:
         return held_k.flatten(0, 1)[:, : self.written + 1], held_v.flatten(0, 1)[:, : self.written + 1]
 
     def _hidden(self, prompt: int, window: int | None) -> Tensor | None:
-        """True where a row must not look, (B, 1, P + written + 1): padding, and what a window has left behind."""
+        """True where a row must not look, (B, 1, P + written + 1): padding, or left by a window; None: nowhere."""
+        if window is None and self._whole:
+            return None
         key = (prompt, window)
         if key not in self._masks:
             device = self.lengths.device
@@ -90,8 +92,7 @@ class DecodeCache:
             if window is not None:
                 beyond = beyond | (lengths + self.written - at >= window)
                 far = (self.written - own >= window).expand_as(far)
-            whole = window is None and self._whole
-            self._masks[key] = None if whole else torch.cat([beyond, far], dim=1)[:, None, :]
+            self._masks[key] = torch.cat([beyond, far], dim=1)[:, None, :]
         return self._masks[key]
 
     def advance(self) -> None:
