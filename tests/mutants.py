@@ -44,8 +44,8 @@ MUTANTS = [
     Mutant(
         "swapped_kl",
         "methods/opsd.py",
-        "clipped_kl(teacher.log_probs, own.log_probs,",
-        "clipped_kl(own.log_probs, teacher.log_probs,",
+        "clipped_kl(teacher, own,",
+        "clipped_kl(own, teacher,",
         "test_methods.py test_rlsd_facts.py",
     ),
     Mutant(

@@ -113,6 +113,27 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
+def is_wide(x: Tensor, weight: Tensor) -> bool:
+    """Does the device multiply these two 16-bit tensors into float32 sums and a float32 result?"""
+    return x.is_cuda and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, (n, K) by (M, K) to (n, M), summed and returned in float32 (float64 of float64); 16 bits have no gradient."""
+    if is_wide(x, weight):
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return fast_linear(upcast(x), upcast(weight))
+
+
+def add_product(out: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """out + A^T B, in the memory of `out` where there is one: (M, K) of (n, M) by (n, K); of 16 bits in float32."""
+    if is_wide(a, b):
+        if out is None:
+            return torch.mm(a.t(), b, out_dtype=torch.float32)
+        return torch.addmm(out, a.t(), b, out_dtype=torch.float32, out=out)
+    return a.t() @ b if out is None else out.addmm_(a.t(), b)
+
+
 def difference(a: Tensor, b: Tensor) -> Tensor:
     """a - b of log-probs, 0 (without gradient) where that is undefined: -inf minus -inf is no evidence."""
     gap = a - b

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selftaught.tensors import fast_linear, product, upcast
+from selftaught.kernels import usable
+from selftaught.tensors import is_wide, product, upcast, wide_linear
+
+if TYPE_CHECKING:
+    from selftaught.kernels.rows import Statistics
 
 ROWS = 32  # a chunk is a multiple of it: matrix kernels read whole blocks
 NO_MASS = -1e4  # a log-prob whose exponential is 0, in float64 too
 CHUNK_ELEMENTS = 2**21  # logits of one chunk, about: 8 MiB in float32
+CUDA_ROWS = 128  # there
+CUDA_ELEMENTS = 2**26  # there: 256 MiB, which keeps the multiplying units busy
 
 
 @dataclass(frozen=True)
@@ -38,15 +44,16 @@ def as_head(head: Head | Tensor | tuple[Tensor, Tensor]) -> Head:
     return Head(head) if isinstance(head, Tensor) else Head(*head)
 
 
-def chunk_size(vocabulary: int) -> int:
-    """Tokens per chunk: a pure function of V (never of free memory), so that runs repeat bit for bit."""
-    blocks = -(-CHUNK_ELEMENTS // (vocabulary * ROWS))
-    return max(1, min(32, blocks)) * ROWS
+def chunk_size(vocabulary: int, device: str = "cpu") -> int:
+    """Tokens per chunk: a pure function of V and the kind of device (never of free memory): runs repeat bit for bit."""
+    if device == "cuda":
+        return max(1, min(32, CUDA_ELEMENTS // (vocabulary * CUDA_ROWS))) * CUDA_ROWS
+    return max(1, min(32, -(-CHUNK_ELEMENTS // (vocabulary * ROWS)))) * ROWS
 
 
 def affine(hidden_nH: Tensor, weight_VH: Tensor, bias: Tensor | None) -> Tensor:
     """h W^T + b, accumulated and kept in float32 (float64 for float64): (n, V)."""
-    logits = fast_linear(upcast(hidden_nH), upcast(weight_VH))
+    logits = wide_linear(hidden_nH, weight_VH)
     return logits if bias is None else logits + upcast(bias)
 
 
@@ -90,6 +97,20 @@ class _AtSampled(torch.autograd.Function):
         return grad.scatter_add_(-1, tokens_n[:, None], grad_n[:, None]), None
 
 
+class Known(torch.autograd.Function):
+    """A value that is known already, and the function that makes its gradient in the logits (n, V) from its own."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_nV: Tensor, value: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient(grad), None, None
+
+
 def _entropy(probs_nV: Tensor, log_probs_nV: Tensor) -> Tensor:
     """In nats: (n,), where 0 * -inf is 0."""
     entropy_n = _minus_dot(probs_nV, log_probs_nV)
@@ -125,6 +146,23 @@ class TokenDist:
         """(n, V), before the temperature."""
         return self._raw
 
+    @property
+    def in_place(self) -> bool:
+        """Do the GPU's kernels read `raw` where it lies, so that neither `logits` nor `log_probs` need be made?"""
+        return usable(self.raw)
+
+    @property
+    def scale(self) -> float:
+        """What multiplies `raw` there."""
+        return 1.0 / self.temperature
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Of `raw` at the temperature, where it is read in place; outside autograd."""
+        from selftaught.kernels import rows
+
+        return rows.statistics(self.raw.detach(), self.tokens, self.scale)
+
     @cached_property
     def logits(self) -> Tensor:
         """(n, V), divided by the temperature."""
@@ -133,10 +171,18 @@ class TokenDist:
     @cached_property
     def at_sampled(self) -> Tensor:
         """Log-prob of the sampled token in nats: (n,)."""
+        if self.in_place:
+            return self._at_sampled_in_place()
         if "log_probs" not in self.__dict__ and self.logits.requires_grad and torch.is_grad_enabled():
             sampled_n, self._entropy = _AtSampled.apply(self.logits, self.tokens)
             return sampled_n
         return self.log_probs.gather(-1, self.tokens[:, None]).squeeze(-1)
+
+    def _at_sampled_in_place(self) -> Tensor:
+        from selftaught.kernels import rows
+
+        logits, tokens, scale, (lse, logp, _) = self.raw.detach(), self.tokens, self.scale, self.statistics
+        return Known.apply(self.raw, logp, lambda grad: rows.sampled_gradient(logits, tokens, scale, lse, grad))
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -147,6 +193,8 @@ class TokenDist:
         """In nats: (n,)."""
         if torch.is_grad_enabled():
             return -product(self.log_probs.exp(), self.log_probs).sum(-1)
+        if self.in_place:
+            return self.statistics.entropy
         return _entropy(self.log_probs.exp(), self.log_probs) if self._entropy is None else self._entropy
 
     def at(self, temperature: float) -> TokenDist:
@@ -176,6 +224,11 @@ class Mixture(TokenDist):
     def __init__(self, parts: Sequence[TokenDist], present_nK: Tensor) -> None:
         super().__init__(lambda: self.log_probs, parts[0].tokens, parts[0].temperature)
         self._parts, self._present = parts, present_nK
+
+    @property
+    def in_place(self) -> bool:
+        """No: its log-probs are made of several."""
+        return False
 
     @cached_property
     def logits(self) -> Tensor:
@@ -217,13 +270,13 @@ def _beside(value_n: Tensor, like: Tensor) -> Tensor:
 def sampled_log_probs(hidden_NH: Tensor, head: Head, tokens_N: Tensor, *, chunk: int | None = None,
                       temperature: float = 1.0, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the sampled tokens (N,), and the entropies (N,) if asked for; no gradient, chunk by chunk."""
-    step = chunk or chunk_size(head.weight.shape[0])
+    step = chunk or chunk_size(head.weight.shape[0], hidden_NH.device.type)
     logps, entropies = [], []
     with torch.no_grad():
-        weight32 = upcast(head.weight)
+        weight = head.weight if is_wide(hidden_NH, head.weight) else upcast(head.weight)
         for start in range(0, tokens_N.shape[0], step):
             rows = slice(start, start + step)
-            raw = affine(upcast(hidden_NH[rows]), weight32, head.bias)
+            raw = affine(hidden_NH[rows], weight, head.bias)
             dist = TokenDist(finish(raw, head), tokens_N[rows], temperature)
             logps.append(dist.at_sampled)
             if entropy:

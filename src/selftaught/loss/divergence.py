@@ -1,7 +1,8 @@
 """Divergences between next-token distributions, exact over the vocabulary, in nats, per token.
 
-`kl(p, q)` is KL(P||Q): the order of the arguments is the order of the name. All take log-probs (n, V) and return
-(n,). A token that both hold at -inf contributes 0, to the value and to the gradient.
+`kl(p, q)` is KL(P||Q): the order of the arguments is the order of the name. All take distributions, as log-probs
+(n, V) or as a `TokenDist`, and return (n,); of a `TokenDist` on a GPU no log-probs are made: kernels read its logits
+(`fused`). A token that both hold at -inf contributes 0, to the value and to the gradient.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from selftaught.loss import fused
+from selftaught.loss.fused import Distribution, log_probs_of
 from selftaught.tensors import product
 
 TINY = 1e-30  # a mass below it is summed from its logarithms
@@ -31,35 +34,41 @@ def kl_terms(logp: Tensor, logq: Tensor) -> Tensor:
     return product(logp.exp(), logp - logq)
 
 
-def kl(logp: Tensor, logq: Tensor) -> Tensor:
+def kl(p: Distribution, q: Distribution) -> Tensor:
     """KL(P||Q) = sum_v P_v log(P_v / Q_v)."""
-    return kl_terms(logp, logq).sum(-1)
+    found = fused.kl(p, q)
+    return kl_terms(log_probs_of(p), log_probs_of(q)).sum(-1) if found is None else found
 
 
-def clipped_kl(logp: Tensor, logq: Tensor, clip: float | None) -> Tensor:
+def clipped_kl(p: Distribution, q: Distribution, clip: float | None) -> Tensor:
     """sum_v min(P_v log(P_v / Q_v), clip): KL(P||Q) with every summand capped (arXiv 2601.18734 v3).
 
     Capped summands have no gradient, so the value may be negative and the direction may turn; None: no cap.
     """
-    terms = kl_terms(logp, logq)
-    return (terms if clip is None else terms.clamp(max=clip)).sum(-1)
+    if clip is None:
+        return kl(p, q)
+    found = fused.clipped_kl(p, q, clip)
+    return kl_terms(log_probs_of(p), log_probs_of(q)).clamp(max=clip).sum(-1) if found is None else found
 
 
-def js(logp: Tensor, logq: Tensor, weight: float = 0.5) -> Tensor:
+def js(p: Distribution, q: Distribution, weight: float = 0.5) -> Tensor:
     """weight KL(P||M) + (1 - weight) KL(Q||M), M = weight P + (1 - weight) Q, 0 < weight < 1 (arXiv 2306.13649).
 
     At most ln 2. Its limits at weight 0 and 1 are 0, not the two KLs: those are functions of their own.
     """
+    if (found := fused.js(p, q, weight)) is not None:
+        return found
+    logp, logq = log_probs_of(p), log_probs_of(q)
     # What M adds to the gradient sums to 0 over the vocabulary, where P and Q are normalised: it may be constant.
     logm = mixture((logp.detach(), logq.detach()), (weight, 1 - weight))
     return weight * kl(logp, logm) + (1 - weight) * kl(logq, logm)
 
 
-def divergence(name: str, logt: Tensor, logs: Tensor, weight: float = 0.5) -> Tensor:
+def divergence(name: str, teacher: Distribution, student: Distribution, weight: float = 0.5) -> Tensor:
     """One of `DIVERGENCES` between teacher and student; `weight` is the teacher's in js."""
     if name == "js":
-        return js(logt, logs, weight)
-    return kl(logs, logt) if name == "kl_student_teacher" else kl(logt, logs)
+        return js(teacher, student, weight)
+    return kl(student, teacher) if name == "kl_student_teacher" else kl(teacher, student)
 
 
 def log_sum_exp(x: Tensor, dim: int) -> Tensor:
@@ -84,17 +93,20 @@ def _times(share: Tensor, logp: Tensor) -> Tensor:
     return torch.where(share == 0, torch.zeros_like(logp), share * logp)
 
 
-def with_tail(k: int | None, student: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+def with_tail(k: int | None, student: Distribution, *others: Distribution) -> tuple[Distribution, ...]:
     """Log-probs on the student's k likeliest tokens, and one bucket with the rest of each: (n, k + 1) each.
 
     The tail is the log-sum-exp of the other tokens, never log(1 - sum): that is 0 or NaN in float32 where the k
     hold nearly everything. Divergences on the buckets are divergences, and never above those on the vocabulary.
     None, or k of the whole vocabulary: all as they are.
     """
-    if k is None or k >= student.shape[-1]:
+    if k is None or k >= fused.width(student):
         return (student, *others)
-    top = student.detach().topk(k, dim=-1).indices
-    return tuple(torch.cat([logp.gather(-1, top), _rest(logp, top)[:, None]], -1) for logp in (student, *others))
+    if (found := fused.with_tail(k, student, others)) is not None:
+        return found
+    logps = [log_probs_of(x) for x in (student, *others)]
+    top = logps[0].detach().topk(k, dim=-1).indices
+    return tuple(torch.cat([logp.gather(-1, top), _rest(logp, top)[:, None]], -1) for logp in logps)
 
 
 class _Rest(torch.autograd.Function):
@@ -126,8 +138,9 @@ def _rest(logp: Tensor, top: Tensor) -> Tensor:
     return log_sum_exp(logp.scatter(-1, top, -math.inf), -1)  # of what underflows, too
 
 
-def floored(floor: float, *logps: Tensor, alive: Tensor) -> tuple[Tensor, ...]:
+def floored(floor: float, *dists: Distribution, alive: Distribution) -> tuple[Tensor, ...]:
     """Log-probs of at least log(floor), not renormalised; a token that all of them and `alive` hold at -inf stays."""
-    dead = torch.stack([*logps, alive.detach()]).eq(-math.inf).all(0)
+    logps = [log_probs_of(x) for x in dists]
+    dead = torch.stack([*logps, log_probs_of(alive).detach()]).eq(-math.inf).all(0)
     low = math.log(floor) if floor > 0 else -math.inf
     return tuple(torch.where(dead, logp, logp.clamp(min=low)) for logp in logps)

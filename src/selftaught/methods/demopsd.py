@@ -60,8 +60,7 @@ class DemoPSD:
         return base_credit(batch, needs_privilege=True)
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
-        own, *theirs = with_tail(self.top_k, student.log_probs, views["teacher"].log_probs,
-                                 views["reference"].log_probs)
+        own, *theirs = with_tail(self.top_k, student, views["teacher"], views["reference"])
         teacher, reference = floored(self.floor, *theirs, alive=own)
         disagreement = js(reference, teacher)
         alpha = self.alpha_max * (self.beta * disagreement / 2).tanh()

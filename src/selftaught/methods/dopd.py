@@ -84,7 +84,7 @@ class DOPD:
             shares[f"route_{route}"] = rows.to(loss.dtype)
             if not rows.any():
                 continue
-            own, theirs = student[rows].log_probs, views[source][rows].log_probs
+            own, theirs = student[rows], views[source][rows]
             part = js(theirs, own) if route == TEACHER_FULL else kl(*with_tail(self.top_k, own, theirs))
             loss = loss.masked_scatter(rows, scale * part)
         gap = evidence(credit["teacher"], student.at_sampled).detach()  # the view's own has rows that no route takes

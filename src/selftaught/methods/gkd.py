@@ -55,5 +55,5 @@ class GKD:
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         teacher, own = views["teacher"].at(self.temperature), student.at(self.temperature)
-        loss = divergence(self.divergence, teacher.log_probs, own.log_probs, self.weight)
+        loss = divergence(self.divergence, teacher, own, self.weight)
         return TokenLoss(loss, {"gap": evidence(teacher.at_sampled, own.at_sampled).detach(), "kl": loss.detach()})

@@ -55,10 +55,11 @@ def objective(name: str, batch: TokenBatch, logits: Mapping[str, Tensor], *, red
 def chunked_objective(name: str, batch: TokenBatch, hidden: Mapping[str, Tensor],
                       heads: Mapping[str, Head | Tensor | tuple[Tensor, Tensor]], *, chunk: int | None = None,
                       reduction: str = "token_mean", length: int | None = None, sampler_cap: float | None = 2.0,
-                      **fields: Any) -> Objective:
+                      head_grad: Tensor | None = None, **fields: Any) -> Objective:
     """The same from hidden states (N, H) and heads, a (V, H) weight or a (weight, bias) pair, in O(chunk x V) memory.
 
-    `chunk=None` is a pure function of V. Gradients reach hidden["student"] and heads["student"] alone.
+    `chunk=None` is a pure function of V and the device. Gradients reach hidden["student"] and heads["student"] alone.
+    `head_grad` (V, H), in float32: the gradient of the student's head is added to it at once, and not by `backward`.
 
     Raises:
         ValueError: as `objective`.
@@ -78,7 +79,7 @@ def chunked_objective(name: str, batch: TokenBatch, hidden: Mapping[str, Tensor]
     credit, weight, correction = batch_credit(method, batch, logp, reduction=reduction, length=length,
                                               sampler_cap=sampler_cap, dtype=upcast(hidden["student"][:0]).dtype)
     out = chunked_loss(method.loss, {v: hidden[v] for v in ("student", *method.views)}, held, batch.tokens, credit,
-                       weight * correction, chunk=chunk)
+                       weight * correction, chunk=chunk, head_grad=head_grad)
     return Objective(out.loss, out.token_loss * correction, credit, out.metrics)
 
 

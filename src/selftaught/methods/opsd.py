@@ -52,6 +52,6 @@ class OPSD:
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         teacher, own = views["teacher"].at(self.temperature), student.at(self.temperature)
-        distillation = clipped_kl(teacher.log_probs, own.log_probs, self.clip)
+        distillation = clipped_kl(teacher, own, self.clip)
         gap = evidence(teacher.at_sampled, own.at_sampled).detach()
         return TokenLoss(distillation, {"gap": gap, "kl": distillation.detach()})

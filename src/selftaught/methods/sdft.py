@@ -52,5 +52,5 @@ class SDFT:
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         teacher, own = views["teacher"].at(self.temperature), student.at(self.temperature)
-        loss = kl(teacher.log_probs, own.log_probs)
+        loss = kl(teacher, own)
         return TokenLoss(loss, {"gap": evidence(teacher.at_sampled, own.at_sampled).detach(), "kl": loss.detach()})

@@ -82,7 +82,7 @@ class SDPG:
         on, weighed = credit["gate"] > 0, credit["beta"] > 0
         own, teacher = student[on], views["teacher"][on]  # no vocabulary of the teacher where it has no say
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(weighed.any())):
-            pull = torch.zeros_like(logp).masked_scatter(on, kl(own.log_probs, teacher.log_probs).to(logp.dtype))
+            pull = torch.zeros_like(logp).masked_scatter(on, kl(own, teacher).to(logp.dtype))
         gap = torch.zeros_like(logp).masked_scatter(on, evidence(teacher.at_sampled, own.at_sampled)).detach()
         taught = torch.where(weighed, credit["beta"].to(logp.dtype) * pull, torch.zeros_like(pull))  # never 0 * inf
         penalty = reference_penalty(self.reference_kl, logp, views["reference"].at_sampled)

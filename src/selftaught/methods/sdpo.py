@@ -53,7 +53,7 @@ class SDPO:
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
         teacher = views["teacher"]
-        own, theirs = with_tail(self.top_k, student.log_probs, teacher.log_probs)
+        own, theirs = with_tail(self.top_k, student, teacher)
         distance = divergence(self.divergence, theirs, own)
         loss = capped_ratio(student.at_sampled, credit.get("logp_old"), self.is_cap) * distance
         gap = evidence(teacher.at_sampled, student.at_sampled).detach()

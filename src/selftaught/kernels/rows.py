@@ -1,0 +1,307 @@
+"""Triton kernels over rows of logits: one program per row, which reads it block by block and never stores it again.
+
+Everything is in float32 and in nats. `scale` multiplies logits as they are read (1 / temperature). P and Q are
+softmaxes of logits; a token of probability 0 under P adds 0 to KL(P||Q), one that is impossible under Q alone makes it infinite.
+A row whose incoming gradient is 0 gets a gradient of 0 and is not read: an infinite loss that nobody weighs stays
+nobody's. Maxima and masses are kept up as a row is read (online softmax, arXiv 1805.02867).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096  # logits that a program holds at a time
+WARPS = 8
+
+
+class Statistics(NamedTuple):
+    """Of n rows of logits, (n,) each: log-sum-exp, log-prob of the sampled token, entropy."""
+
+    lse: Tensor
+    logp: Tensor
+    entropy: Tensor
+
+
+# ------------------------------------------------------------------------------------------------ inside the kernels
+
+
+@triton.jit
+def _row(z_ptr, stride, row, start, offsets, size, scale):
+    """One block of a row, scaled; -inf beyond its end."""
+    at = start + offsets
+    z = tl.load(z_ptr + row * stride + at, mask=at < size, other=float("-inf"))
+    return z * scale
+
+
+@triton.jit
+def _finite(m):
+    """A running maximum to subtract: 0 while every logit was -inf, so that nothing is inf - inf."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _weighed(e, x):
+    """e x, and 0 where e is 0: 0 inf is 0."""
+    return tl.where(e > 0, e * x, 0.0)
+
+
+@triton.jit
+def _moved(total, mass, high, higher):
+    """sum e^(z - high) (z - high) of a mass e^(z - high), from one maximum to the next."""
+    shift = high - higher
+    return _weighed(tl.exp(shift), total + _weighed(mass, shift))
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+@triton.jit
+def _statistics(z_ptr, stride, scale, tokens_ptr, size, mask_ptr, lse_ptr, logp_ptr, entropy_ptr, rest_ptr,
+                REST: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    high = tl.full((), float("-inf"), tl.float32)
+    mass = tl.full((), 0.0, tl.float32)  # sum of e^(z - high)
+    dot = mass  # sum of e^(z - high) (z - high)
+    rest_high, rest = high, mass  # of the logits that are not in the mask: they may all lie far below the others
+    for start in range(0, size, BLOCK):
+        z = _row(z_ptr, stride, row, start, offsets, size, scale)
+        higher = tl.maximum(high, tl.max(z, 0))
+        base = _finite(higher)
+        e = tl.exp(z - base)
+        old = tl.where(high == float("-inf"), base, high)
+        fade = tl.exp(old - base)
+        dot = _moved(dot, mass, old, base) + tl.sum(_weighed(e, z - base), 0)
+        mass = mass * fade + tl.sum(e, 0)
+        if REST:
+            at = start + offsets
+            out = tl.load(mask_ptr + row * size + at, mask=at < size, other=1) == 0
+            z = tl.where(out, z, float("-inf"))
+            rest_higher = tl.maximum(rest_high, tl.max(z, 0))
+            rest = rest * tl.exp(rest_high - _finite(rest_higher)) + tl.sum(tl.exp(z - _finite(rest_higher)), 0)
+            rest_high = rest_higher
+        high = higher
+    lse = _finite(high) + tl.log(mass)
+    tl.store(lse_ptr + row, lse)
+    if REST:
+        tl.store(rest_ptr + row, _finite(rest_high) + tl.log(rest))
+    token = tl.load(tokens_ptr + row)
+    tl.store(logp_ptr + row, tl.load(z_ptr + row * stride + token) * scale - lse)
+    tl.store(entropy_ptr + row, tl.log(mass) - dot / mass)
+
+
+def statistics(logits_nV: Tensor, tokens_n: Tensor, scale: float) -> Statistics:
+    """One read of the logits."""
+    lse, logp, entropy = (logits_nV.new_empty(logits_nV.shape[0]) for _ in range(3))
+    _statistics[(logits_nV.shape[0],)](
+        logits_nV, logits_nV.stride(0), scale, tokens_n, logits_nV.shape[1], logits_nV, lse, logp, entropy, lse,
+        REST=False, BLOCK=BLOCK, num_warps=WARPS)
+    return Statistics(lse, logp, entropy)
+
+
+def statistics_and_rest(logits_nV: Tensor, tokens_n: Tensor, scale: float, top_nV: Tensor) -> tuple[Statistics, Tensor]:
+    """The same, and the log-sum-exp (n,) of the logits that `top` (n, V), of bytes, does not name."""
+    lse, logp, entropy, rest = (logits_nV.new_empty(logits_nV.shape[0]) for _ in range(4))
+    _statistics[(logits_nV.shape[0],)](
+        logits_nV, logits_nV.stride(0), scale, tokens_n, logits_nV.shape[1], top_nV, lse, logp, entropy, rest,
+        REST=True, BLOCK=BLOCK, num_warps=WARPS)
+    return Statistics(lse, logp, entropy), rest
+
+
+# ----------------------------------------------------------------------------------------------------------- values
+
+
+@triton.jit
+def _kl(p_ptr, p_stride, p_scale, q_ptr, q_stride, q_scale, tokens_ptr, size, kl_ptr, p_lse_ptr, p_logp_ptr,
+        p_entropy_ptr, q_lse_ptr, q_logp_ptr, q_entropy_ptr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    p_high = tl.full((), float("-inf"), tl.float32)
+    q_high = p_high
+    p_mass = tl.full((), 0.0, tl.float32)
+    q_mass, p_dot, q_dot = p_mass, p_mass, p_mass
+    cross = p_mass  # sum of e^(p - p_high) (q - q_high)
+    for start in range(0, size, BLOCK):
+        p = _row(p_ptr, p_stride, row, start, offsets, size, p_scale)
+        q = _row(q_ptr, q_stride, row, start, offsets, size, q_scale)
+        p_higher, q_higher = tl.maximum(p_high, tl.max(p, 0)), tl.maximum(q_high, tl.max(q, 0))
+        p_base, q_base = _finite(p_higher), _finite(q_higher)
+        p_old = tl.where(p_high == float("-inf"), p_base, p_high)
+        q_old = tl.where(q_high == float("-inf"), q_base, q_high)
+        p_fade, q_fade = tl.exp(p_old - p_base), tl.exp(q_old - q_base)
+        p_e, q_e = tl.exp(p - p_base), tl.exp(q - q_base)
+        cross = _weighed(p_fade, cross + _weighed(p_mass, q_old - q_base)) + tl.sum(_weighed(p_e, q - q_base), 0)
+        p_dot = _moved(p_dot, p_mass, p_old, p_base) + tl.sum(_weighed(p_e, p - p_base), 0)
+        q_dot = _moved(q_dot, q_mass, q_old, q_base) + tl.sum(_weighed(q_e, q - q_base), 0)
+        p_mass, q_mass = p_mass * p_fade + tl.sum(p_e, 0), q_mass * q_fade + tl.sum(q_e, 0)
+        p_high, q_high = p_higher, q_higher
+    token = tl.load(tokens_ptr + row)
+    p_lse, q_lse = _finite(p_high) + tl.log(p_mass), _finite(q_high) + tl.log(q_mass)
+    tl.store(kl_ptr + row, (p_dot / p_mass - tl.log(p_mass)) - (cross / p_mass - tl.log(q_mass)))
+    tl.store(p_lse_ptr + row, p_lse)
+    tl.store(q_lse_ptr + row, q_lse)
+    tl.store(p_logp_ptr + row, tl.load(p_ptr + row * p_stride + token) * p_scale - p_lse)
+    tl.store(q_logp_ptr + row, tl.load(q_ptr + row * q_stride + token) * q_scale - q_lse)
+    tl.store(p_entropy_ptr + row, tl.log(p_mass) - p_dot / p_mass)
+    tl.store(q_entropy_ptr + row, tl.log(q_mass) - q_dot / q_mass)
+
+
+def kl(p_nV: Tensor, q_nV: Tensor, tokens_n: Tensor, p_scale: float, q_scale: float
+       ) -> tuple[Tensor, Statistics, Statistics]:
+    """KL(P||Q) (n,), and the statistics of both: one read of each."""
+    out, *each = (p_nV.new_empty(p_nV.shape[0]) for _ in range(7))
+    _kl[(p_nV.shape[0],)](p_nV, p_nV.stride(0), p_scale, q_nV, q_nV.stride(0), q_scale, tokens_n, p_nV.shape[1], out,
+                          *each, BLOCK=BLOCK // 2, num_warps=WARPS)
+    return out, Statistics(*each[:3]), Statistics(*each[3:])
+
+
+@triton.jit
+def _log_mean(a, b, weight):
+    """log(weight e^a + (1 - weight) e^b), -inf where both are."""
+    high = _finite(tl.maximum(a, b))
+    return high + tl.log(weight * tl.exp(a - high) + (1 - weight) * tl.exp(b - high))
+
+
+@triton.jit
+def _js(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_lse_ptr, size, weight, p_kl_ptr, q_kl_ptr,
+        BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    p_lse, q_lse = tl.load(p_lse_ptr + row), tl.load(q_lse_ptr + row)
+    p_kl = tl.full((), 0.0, tl.float32)
+    q_kl = p_kl
+    for start in range(0, size, BLOCK):
+        p = _row(p_ptr, p_stride, row, start, offsets, size, p_scale) - p_lse
+        q = _row(q_ptr, q_stride, row, start, offsets, size, q_scale) - q_lse
+        m = _log_mean(p, q, weight)
+        p_kl += tl.sum(_weighed(tl.exp(p), p - m), 0)
+        q_kl += tl.sum(_weighed(tl.exp(q), q - m), 0)
+    tl.store(p_kl_ptr + row, p_kl)
+    tl.store(q_kl_ptr + row, q_kl)
+
+
+def js(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor, q_lse: Tensor, weight: float
+       ) -> tuple[Tensor, Tensor]:
+    """KL(P||M) and KL(Q||M), (n,) each, M = weight P + (1 - weight) Q."""
+    p_kl, q_kl = torch.empty_like(p_lse), torch.empty_like(p_lse)
+    _js[(p_nV.shape[0],)](p_nV, p_nV.stride(0), p_scale, p_lse, q_nV, q_nV.stride(0), q_scale, q_lse, p_nV.shape[1],
+                          weight, p_kl, q_kl, BLOCK=BLOCK // 2, num_warps=WARPS)
+    return p_kl, q_kl
+
+
+@triton.jit
+def _clipped(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_lse_ptr, size, clip, out_ptr, mass_ptr,
+             BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    p_lse, q_lse = tl.load(p_lse_ptr + row), tl.load(q_lse_ptr + row)
+    out = tl.full((), 0.0, tl.float32)
+    mass = out
+    for start in range(0, size, BLOCK):
+        p = _row(p_ptr, p_stride, row, start, offsets, size, p_scale) - p_lse
+        q = _row(q_ptr, q_stride, row, start, offsets, size, q_scale) - q_lse
+        e = tl.exp(p)
+        term = _weighed(e, p - q)
+        out += tl.sum(tl.minimum(term, clip), 0)
+        mass += tl.sum(tl.where(term <= clip, e, 0.0), 0)
+    tl.store(out_ptr + row, out)
+    tl.store(mass_ptr + row, mass)
+
+
+def clipped(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor, q_lse: Tensor, clip: float
+            ) -> tuple[Tensor, Tensor]:
+    """sum_v min(P_v log(P_v / Q_v), clip), and the mass of P whose summands are not capped: (n,) each."""
+    out, mass = torch.empty_like(p_lse), torch.empty_like(p_lse)
+    _clipped[(p_nV.shape[0],)](p_nV, p_nV.stride(0), p_scale, p_lse, q_nV, q_nV.stride(0), q_scale, q_lse,
+                               p_nV.shape[1], clip, out, mass, BLOCK=BLOCK // 2, num_warps=WARPS)
+    return out, mass
+
+
+# -------------------------------------------------------------------------------------------------------- gradients
+
+
+@triton.jit
+def _gradient(s_ptr, s_stride, s_scale, s_lse_ptr, t_ptr, t_stride, t_scale, t_lse_ptr, size, grad_ptr, known_ptr,
+              number, out_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    grad = tl.load(grad_ptr + row)
+    if grad == 0:
+        for start in range(0, size, BLOCK):
+            at = start + offsets
+            tl.store(out_ptr + row * size + at, tl.zeros([BLOCK], dtype=tl.float32), mask=at < size)
+    else:
+        s_lse, t_lse, known = tl.load(s_lse_ptr + row), tl.load(t_lse_ptr + row), tl.load(known_ptr + row)
+        grad = grad * s_scale
+        for start in range(0, size, BLOCK):
+            at = start + offsets
+            s = _row(s_ptr, s_stride, row, start, offsets, size, s_scale) - s_lse
+            t = _row(t_ptr, t_stride, row, start, offsets, size, t_scale) - t_lse
+            if KIND == "kl_to":  # KL(T||S)
+                out = tl.exp(s) - tl.exp(t)
+            elif KIND == "kl_from":  # KL(S||T), which is `known`
+                out = _weighed(tl.exp(s), s - t - known)
+            elif KIND == "js":  # `number` is the weight of S, `known` KL(S||M)
+                out = number * _weighed(tl.exp(s), s - _log_mean(s, t, number) - known)
+            else:  # KL(T||S) with summands capped at `number`, `known` the mass of those that are not
+                e = tl.exp(t)
+                out = tl.exp(s) * known - tl.where(_weighed(e, t - s) <= number, e, 0.0)
+            tl.store(out_ptr + row * size + at, out * grad, mask=at < size)
+
+
+def gradient(kind: str, s_nV: Tensor, t_nV: Tensor, s_scale: float, t_scale: float, s_lse: Tensor, t_lse: Tensor,
+             grad_n: Tensor, known_n: Tensor, number: float = 0.0) -> Tensor:
+    """(n, V), in the logits of S, of a divergence between S and a constant T; the kinds stand in the kernel."""
+    out = torch.empty(s_nV.shape, dtype=s_nV.dtype, device=s_nV.device)
+    _gradient[(s_nV.shape[0],)](s_nV, s_nV.stride(0), s_scale, s_lse, t_nV, t_nV.stride(0), t_scale, t_lse,
+                                s_nV.shape[1], grad_n.contiguous(), known_n, number, out, KIND=kind, BLOCK=BLOCK // 2,
+                                num_warps=WARPS)
+    return out
+
+
+@triton.jit
+def _sampled_gradient(z_ptr, stride, scale, lse_ptr, tokens_ptr, size, grad_ptr, out_ptr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    grad, lse, token = tl.load(grad_ptr + row) * scale, tl.load(lse_ptr + row), tl.load(tokens_ptr + row)
+    for start in range(0, size, BLOCK):
+        at = start + offsets
+        p = tl.exp(_row(z_ptr, stride, row, start, offsets, size, scale) - lse)
+        tl.store(out_ptr + row * size + at, grad * (tl.where(at == token, 1.0, 0.0) - p), mask=at < size)
+
+
+def sampled_gradient(logits_nV: Tensor, tokens_n: Tensor, scale: float, lse: Tensor, grad_n: Tensor) -> Tensor:
+    """grad (1[v = token] - p_v), (n, V): of the sampled tokens' log-probs in the logits."""
+    out = torch.empty(logits_nV.shape, dtype=logits_nV.dtype, device=logits_nV.device)
+    _sampled_gradient[(logits_nV.shape[0],)](logits_nV, logits_nV.stride(0), scale, lse, tokens_n, logits_nV.shape[1],
+                                             grad_n.contiguous(), out, BLOCK=BLOCK, num_warps=WARPS)
+    return out
+
+
+@triton.jit
+def _tail_gradient(z_ptr, stride, scale, lse_ptr, rest_ptr, mask_ptr, size, tail_ptr, total_ptr, out_ptr,
+                   BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    lse, rest = tl.load(lse_ptr + row), _finite(tl.load(rest_ptr + row))
+    tail, total = tl.load(tail_ptr + row) * scale, tl.load(total_ptr + row) * scale
+    for start in range(0, size, BLOCK):
+        at = start + offsets
+        z = _row(z_ptr, stride, row, start, offsets, size, scale)
+        out_of_top = tl.load(mask_ptr + row * size + at, mask=at < size, other=1) == 0
+        out = tl.where(out_of_top, tail * tl.exp(z - rest), 0.0) - total * tl.exp(z - lse)
+        tl.store(out_ptr + row * size + at, out, mask=at < size)
+
+
+def tail_gradient(logits_nV: Tensor, scale: float, lse: Tensor, rest: Tensor, top_nV: Tensor, tail_n: Tensor,
+                  total_n: Tensor) -> Tensor:
+    """(n, V): of the log-mass outside `top`, times tail, and of the normaliser, times total."""
+    out = torch.empty(logits_nV.shape, dtype=logits_nV.dtype, device=logits_nV.device)
+    _tail_gradient[(logits_nV.shape[0],)](logits_nV, logits_nV.stride(0), scale, lse, rest, top_nV, logits_nV.shape[1],
+                                          tail_n.contiguous(), total_n.contiguous(), out, BLOCK=BLOCK, num_warps=WARPS)
+    return out

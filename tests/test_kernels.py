@@ -1,0 +1,173 @@
+"""The GPU's kernels against torch's operators in float64: on a GPU, or by Triton's interpreter where there is none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # read when kernels are defined
+pytest.importorskip("triton", reason="the kernels' interpreter comes with Triton")
+
+from selftaught import TokenBatch, chunked_objective, kernels, objective
+from selftaught.kernels import rows
+from selftaught.loss import clipped_kl, divergence, js, kl, with_tail
+from selftaught.vocabulary import TokenDist
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+V = 2 * rows.BLOCK + 37 if DEVICE == "cuda" else 201  # no multiple of a block
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several blocks to a row, and tensors of the CPU read by the interpreter."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(rows, "BLOCK", 128)
+        with kernels.interpreted():
+            yield
+    else:
+        yield
+
+
+def logits(n: int, std: float, seed: int) -> Tensor:
+    """Numbers that float32 holds too, in float64."""
+    drawn = std * torch.randn(n, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return drawn.double().to(DEVICE)
+
+
+def pair(std: float, banned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Student, teacher (float64), tokens; the last row's sides are equal. `banned`: tokens impossible under both."""
+    s, t = logits(6, std, 0), (logits(6, std, 1) + 40.0).float().double()
+    t[-1] = s[-1]
+    if banned:
+        s[:, 5:9] = t[:, 5:9] = -torch.inf
+        s[:, -2:] = t[:, -2:] = -torch.inf
+        s[0, :100] = t[0, :100] = -torch.inf  # a whole block and more at the start
+    return s, t, torch.tensor([V // 2, 3, 100, 120, V - 3, 110], device=DEVICE)
+
+
+FORMS: dict[str, Callable[[Any, Any], Tensor]] = {
+    "kl(T, S)": lambda s, t: kl(t, s),
+    "kl(S, T)": lambda s, t: kl(s, t),
+    "js(T, S, .3)": lambda s, t: js(t, s, 0.3),
+    "js(S, T, .3)": lambda s, t: js(s, t, 0.3),
+    "clipped": lambda s, t: clipped_kl(t, s, 0.002),
+    "clipped at 1": lambda s, t: clipped_kl(t, s, 1.0),
+    "top-k": lambda s, t: divergence("js", *reversed(with_tail(7, s, t))),
+    "top-k, kl(S, T)": lambda s, t: kl(*with_tail(7, s, t)),
+    "sampled": lambda s, t: (t.at_sampled - s.at_sampled) ** 2,
+}
+
+
+@pytest.mark.parametrize("banned", [False, True], ids=["all", "banned"])
+@pytest.mark.parametrize(("std", "temperature"), [(0.1, 1.0), (3.0, 1.7), (30.0, 1.0)])
+@pytest.mark.parametrize("form", FORMS)
+def test_values_and_gradients_are_those_of_torch_in_float64(form: str, temperature: float, std: float,
+                                                            banned: bool) -> None:
+    s, t, tokens = pair(std, banned)
+    weight = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, 1.0], device=DEVICE)
+
+    def of(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        student = student.clone().requires_grad_()
+        value = FORMS[form](TokenDist(student, tokens, temperature), TokenDist(teacher, tokens, temperature))
+        (value * weight.to(value.dtype)).sum().backward()
+        assert student.grad is not None
+        return value.detach(), student.grad
+
+    with kernels.off():
+        value, gradient = of(s, t)
+    found, grad = of(s.float(), t.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), value, rtol=3e-5, atol=1e-5)
+    room = 5e-5 if "top-k" in form else 1e-6  # buckets' gradients are differences of what is as large as the KL
+    torch.testing.assert_close(grad.double(), gradient, rtol=3e-4, atol=room * max(1.0, std))
+    assert (grad[3] == 0).all()  # nobody weighs it
+
+
+@pytest.mark.parametrize("std", [0.1, 30.0])
+def test_equal_sides_have_no_divergence_and_no_gradient_at_all(std: float) -> None:
+    s, _, tokens = pair(std)
+    for form in ("kl(T, S)", "kl(S, T)"):
+        student = s.float().requires_grad_()
+        value = FORMS[form](TokenDist(student, tokens), TokenDist(s.float(), tokens))
+        value.sum().backward()
+        assert (value == 0).all() and student.grad is not None and student.grad.abs().max() < 1e-7
+
+
+def test_statistics_are_those_of_the_distribution() -> None:
+    s, _, tokens = pair(30.0, banned=True)
+    exact = (s / 1.3).log_softmax(-1)
+    found = TokenDist(s.float(), tokens, 1.3).statistics
+    torch.testing.assert_close(found.lse.double(), (s / 1.3).logsumexp(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.logp.double(), exact.gather(-1, tokens[:, None])[:, 0], rtol=1e-6, atol=2e-5)
+    entropy = -(exact.exp() * exact.clamp(min=-1e4)).sum(-1)
+    torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_that_is_impossible_for_the_student_alone_costs_infinity_and_teaches_nobody_without_weight() -> None:
+    s, t, tokens = pair(3.0)
+    s[1, 7] = -torch.inf
+    student = s.float().requires_grad_()
+    value = kl(TokenDist(t.float(), tokens), TokenDist(student, tokens))
+    assert value[1] == torch.inf and value[[0, 2, 3, 4, 5]].isfinite().all()
+    torch.where(torch.arange(6, device=DEVICE) == 1, 0.0, value).sum().backward()
+    assert student.grad is not None and student.grad.isfinite().all() and (student.grad[1] == 0).all()
+
+
+def test_a_tail_far_below_the_top_keeps_its_mass_and_gradient() -> None:
+    z = torch.zeros(1, V, dtype=torch.float64, device=DEVICE)
+    z[:, :7] = 400.0 + torch.arange(7, device=DEVICE)
+    tokens = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    student = z.float().requires_grad_()
+    buckets, _ = with_tail(7, TokenDist(student, tokens), TokenDist(z.float(), tokens))
+    expected = torch.logsumexp(z[:, 7:], -1) - torch.logsumexp(z, -1)
+    torch.testing.assert_close(buckets[:, 7].double(), expected, rtol=1e-6, atol=0)
+    buckets[:, 7].sum().backward()
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad[:, 7:].sum(), torch.ones((), device=DEVICE), rtol=1e-5, atol=0)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "grpo": {}, "opsd": {"clip": None}, "sdft": {}, "sdpo": {"top_k": 9}, "gkd": {"divergence": "js", "weight": 0.3},
+    "sdpg": {"alpha": 0.1, "beta": 0.5, "beta_warmup": 0}, "demopsd": {"top_k": 9}, "dopd": {"top_k": 9}, "rlsd": {},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_by_chunks_is_its_dense_reference(name: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return (std * torch.randn(*shape, generator=generator)).to(dtype)
+
+    n, h = 20, 16
+    views = ("student", "teacher", "reference", "privileged_student")
+    hidden = {view: normal(n, h).to(DEVICE) for view in views}
+    head = normal(V, h, std=1.0).to(DEVICE)
+    tokens = torch.randint(V, (n,), generator=generator).to(DEVICE)
+    batch = TokenBatch(tokens=tokens, sequence_ids=torch.arange(n, device=DEVICE) // 5,
+                       reward=torch.tensor([1.0, 0.0, 0.0, 1.0], device=DEVICE),
+                       group=torch.tensor([0, 0, 1, 1], device=DEVICE))
+    fields = METHODS[name]
+    exact = {view: hidden[view].double().requires_grad_(view == "student") for view in views}
+    exact_head = head.double().requires_grad_()
+    with kernels.off():
+        dense = objective(name, batch, {v: x @ (exact_head if v == "student" else exact_head.detach()).t()
+                                        for v, x in exact.items()}, **fields)
+        dense.loss.backward()
+    hidden["student"].requires_grad_()
+    weight = head.clone().requires_grad_()
+    heads = {view: weight if view == "student" else head for view in views}
+    out = chunked_objective(name, batch, hidden, heads, chunk=6, **fields)
+    out.loss.backward()
+    assert hidden["student"].grad is not None and weight.grad is not None and weight.grad.dtype == dtype
+    low = dtype != torch.float32
+    torch.testing.assert_close(out.loss.double(), dense.loss.detach(), rtol=1e-4, atol=1e-5)
+    for found, wanted in ((hidden["student"].grad, exact["student"].grad), (weight.grad, exact_head.grad)):
+        assert wanted is not None
+        assert (found.double() - wanted).norm() <= (1e-2 if low else 1e-4) * wanted.norm()
