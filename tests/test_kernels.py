@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,11 +15,12 @@ from torch import Tensor
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # read when kernels are defined
 pytest.importorskip("triton", reason="the kernels' interpreter comes with Triton")
 
-from selftaught import TokenBatch, chunked_objective, kernels, objective
+from selftaught import TokenBatch, chunked_objective, kernels, objective, tensors, vocabulary
 from selftaught.kernels import rows
-from selftaught.loss import clipped_kl, divergence, js, kl, with_tail
+from selftaught.loss import chunked, clipped_kl, divergence, js, kl, with_tail
 from selftaught.vocabulary import TokenDist
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's -inf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 2 * rows.BLOCK + 37 if DEVICE == "cuda" else 201  # no multiple of a block
 
@@ -137,9 +140,28 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def emulate_wide_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU multiplies, 16 bits into float32, on a CPU: the same numbers, so that the path around it is tested."""
+
+    def is_wide(x: Tensor, weight: Tensor) -> bool:
+        return x.dtype == weight.dtype and x.dtype.itemsize == 2
+
+    def into_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        product = a.float() @ b.float()
+        return product if out is None else out.add_(product)
+
+    for module in (tensors, vocabulary, chunked):
+        monkeypatch.setattr(module, "is_wide", is_wide)
+    monkeypatch.setattr(tensors, "_into_wide", into_wide)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_by_chunks_is_its_dense_reference(name: str, dtype: torch.dtype) -> None:
+def test_every_method_by_chunks_is_its_dense_reference(name: str, dtype: torch.dtype,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "GATHERED", 2)  # of four chunks, the last one short
+    if DEVICE == "cpu":
+        emulate_wide_products(monkeypatch)
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
@@ -171,3 +193,66 @@ def test_every_method_by_chunks_is_its_dense_reference(name: str, dtype: torch.d
     for found, wanted in ((hidden["student"].grad, exact["student"].grad), (weight.grad, exact_head.grad)):
         assert wanted is not None
         assert (found.double() - wanted).norm() <= (1e-2 if low else 1e-4) * wanted.norm()
+
+
+def test_the_heads_gradient_of_16_bits_is_added_in_float32_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        emulate_wide_products(monkeypatch)
+    monkeypatch.setattr(chunked, "GATHERED", 2)
+    generator = torch.Generator().manual_seed(5)
+    hidden, head = (torch.randn(k, 16, generator=generator).bfloat16().to(DEVICE) for k in (20, V))
+    tokens = torch.randint(V, (20,), generator=generator).to(DEVICE)
+    batch = TokenBatch(tokens, torch.arange(20, device=DEVICE) // 5, torch.tensor([1.0, 0.0, 0.0, 1.0], device=DEVICE),
+                       torch.tensor([0, 0, 1, 1], device=DEVICE))
+    before = torch.randn(V, 16, generator=generator).to(DEVICE)
+    found = {}
+    for chunk in (6, 20):
+        student, weight, wide = hidden.clone().requires_grad_(), head.clone().requires_grad_(), before.clone()
+        chunked_objective("grpo", batch, {"student": student}, {"student": weight}, chunk=chunk,
+                          head_grad=wide).loss.backward()
+        assert weight.grad is None and student.grad is not None
+        found[chunk] = wide - before
+    gap = (found[6] - found[20]).norm() / found[20].norm()
+    assert gap < 1e-5  # however many chunks: had it been summed in bfloat16, some 1e-3
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from selftaught.kernels import rows
+
+def kind(name):
+    if name == "tokens_ptr": return "*i64"
+    if name == "mask_ptr": return "*u8"
+    if name.endswith("_ptr"): return "*fp32"
+    return "i32" if name == "size" or name.endswith("stride") else "fp32"
+
+kinds = [{"KIND": kind} for kind in ("kl_to", "kl_from", "js", "clipped")]
+for kernel, constants in [
+    *((rows._statistics, {"REST": rest}) for rest in (False, True)), (rows._kl, {}), (rows._js, {}),
+    (rows._clipped, {}), (rows._sampled_gradient, {}), (rows._tail_gradient, {}),
+    *((rows._gradient, kind) for kind in kinds)]:
+    constants = {**constants, "BLOCK": rows.BLOCK}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else kind(name) for name in names}
+    source = ASTSource(fn=kernel, signature=signature,
+                       constexprs={(names.index(name),): value for name, value in constants.items()})
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": rows.WARPS})
+    assert "st.global" in built.asm["ptx"] and built.asm["cubin"], kernel
+print("built")
+"""
+
+
+def test_the_kernels_compile_for_a_hopper_gpu_without_one() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip().endswith("built"), done.stderr[-2000:]
+
+
+def test_kernels_that_count_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows.check(torch.device(DEVICE))
+    right = rows.gradient
+    monkeypatch.setattr(rows, "gradient", lambda *args, **more: 1.01 * right(*args, **more))
+    with pytest.raises(RuntimeError, match=r"its gradient is .* from what it should be"):
+        rows.check(torch.device(DEVICE))

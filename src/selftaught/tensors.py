@@ -115,22 +115,37 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
 
 def is_wide(x: Tensor, weight: Tensor) -> bool:
     """Does the device multiply these two 16-bit tensors into float32 sums and a float32 result?"""
-    return x.is_cuda and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    return x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16) and x.is_cuda and _multiplies_wide()
+
+
+@cache
+def _multiplies_wide() -> bool:
+    one = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+    try:
+        _into_wide(one, one, torch.zeros(16, 16, device="cuda"))
+    except (RuntimeError, TypeError):  # not of this kind of device, or not of this torch
+        return False
+    return True
+
+
+def _into_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """A B, or out + A B in place: 16 bits in, float32 out."""
+    if out is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, (n, K) by (M, K) to (n, M), summed and returned in float32 (float64 of float64); 16 bits have no gradient."""
+    """x W^T, (n, K) by (M, K) to (n, M), summed and kept in float32 (float64 of float64); 16 bits have no gradient."""
     if is_wide(x, weight):
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return _into_wide(x, weight.t())
     return fast_linear(upcast(x), upcast(weight))
 
 
 def add_product(out: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """out + A^T B, in the memory of `out` where there is one: (M, K) of (n, M) by (n, K); of 16 bits in float32."""
     if is_wide(a, b):
-        if out is None:
-            return torch.mm(a.t(), b, out_dtype=torch.float32)
-        return torch.addmm(out, a.t(), b, out_dtype=torch.float32, out=out)
+        return _into_wide(a.t(), b, out)
     return a.t() @ b if out is None else out.addmm_(a.t(), b)
 
 

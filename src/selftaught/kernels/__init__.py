@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from functools import cache
 
@@ -19,16 +20,18 @@ _off = False
 
 
 def usable(*logits_nV: Tensor) -> bool:
-    """Can the kernels read all of these? They must be float32 on a CUDA device, with contiguous rows."""
-    if _off or not all(z.is_cuda or _interpreted for z in logits_nV):
+    """Can the kernels read all of these? They must be float32 on the current CUDA device, with contiguous rows."""
+    if _off or not all(_interpreted or (z.is_cuda and z.get_device() == torch.cuda.current_device())
+                       for z in logits_nV):
         return False
-    return _has_triton() and all(z.dtype == torch.float32 and z.dim() == 2 and z.shape[0] > 0 and z.stride(1) == 1
-                                 for z in logits_nV)
+    if not all(z.dtype == torch.float32 and z.dim() == 2 and z.shape[0] > 0 and z.stride(1) == 1 for z in logits_nV):
+        return False
+    return _has_triton() and (_interpreted or all(_works(z.get_device()) for z in logits_nV))
 
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Use the kernels for tensors of the CPU: very slow. TRITON_INTERPRET=1 must have been set before `rows` came in."""
+    """Use the kernels for tensors of the CPU: very slow. TRITON_INTERPRET=1 must have been set before `rows` came."""
     global _interpreted
     _interpreted, before = True, _interpreted
     try:
@@ -46,6 +49,20 @@ def off() -> Iterator[None]:
         yield
     finally:
         _off = before
+
+
+@cache
+def _works(index: int) -> bool:
+    """Do the kernels compile and count right on this device? Asked once; if not, torch's operators take their place."""
+    try:
+        from selftaught.kernels import rows
+
+        rows.check(torch.device("cuda", index))
+    except Exception as error:  # whatever a compiler or a driver raises: the run goes on without them
+        warnings.warn(f"the kernels for divergences do not run on cuda:{index}, torch's slower operators take their "
+                      f"place: {error}", stacklevel=2)
+        return False
+    return True
 
 
 @cache

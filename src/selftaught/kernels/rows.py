@@ -1,9 +1,9 @@
 """Triton kernels over rows of logits: one program per row, which reads it block by block and never stores it again.
 
 Everything is in float32 and in nats. `scale` multiplies logits as they are read (1 / temperature). P and Q are
-softmaxes of logits; a token of probability 0 under P adds 0 to KL(P||Q), one that is impossible under Q alone makes it infinite.
-A row whose incoming gradient is 0 gets a gradient of 0 and is not read: an infinite loss that nobody weighs stays
-nobody's. Maxima and masses are kept up as a row is read (online softmax, arXiv 1805.02867).
+softmaxes of logits; a token of probability 0 under P adds 0 to KL(P||Q), one that is impossible under Q alone makes it
+infinite. A row whose incoming gradient is 0 gets a gradient of 0 and is not read: an infinite loss that nobody weighs
+stays nobody's. Maxima and masses are kept up while a row is read (online softmax, arXiv 1805.02867).
 """
 
 from __future__ import annotations
@@ -25,6 +25,22 @@ class Statistics(NamedTuple):
     lse: Tensor
     logp: Tensor
     entropy: Tensor
+
+
+def check(device: torch.device) -> None:
+    """Raises RuntimeError where KL(P||Q) and its gradient are not torch's, on a few drawn logits."""
+    p, q = 3 * torch.randn(2, 2, 300, generator=torch.Generator().manual_seed(0)).to(device)
+    tokens = torch.tensor([7, 299], device=device)
+    value, of_p, of_q = kl(p, q, tokens, 1.0, 1.0)
+    found = gradient("kl_to", q, p, 1.0, 1.0, of_q.lse, of_p.lse, torch.ones_like(value), value)
+    logp, logq = p.log_softmax(-1), q.log_softmax(-1)
+    for name, ours, torchs in (("KL", value, (logp.exp() * (logp - logq)).sum(-1)),
+                               ("its gradient", found, logq.exp() - logp.exp()),
+                               ("entropy", of_p.entropy, -(logp.exp() * logp).sum(-1)),
+                               ("log-prob", of_q.logp, logq.gather(-1, tokens[:, None])[:, 0])):
+        gap = float((ours - torchs).abs().max())
+        if not gap < 1e-4:
+            raise RuntimeError(f"{name} is {gap:.1e} from what it should be")
 
 
 # ------------------------------------------------------------------------------------------------ inside the kernels
