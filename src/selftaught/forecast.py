@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from selftaught.assemble import Ground, device_of
+from selftaught.loss.chunked import GATHERED
 from selftaught.score.adapter import adapter_size
 from selftaught.score.hub import load_skeleton
 from selftaught.vocabulary import chunk_size
@@ -83,12 +84,19 @@ def forecast(ground: Ground) -> Forecast:
             "optimiser": trained * (8 if width_of_trained == 4 else 12),
             "teachers": len(kept) * trained * width_of_trained + external,
             "activations": run.optim.token_budget * width * ACTIVATION_FLOATS * layers * size,
-            "head": chunk_size(text.vocab_size) * text.vocab_size * 4 * (5 + 2 * further) + head,
+            "head": _head_chunk(text.vocab_size, device_of(run), further) + head,
             "sampling": rows * (run.rollout.max_completion_length + longest // run.rollout.num_generations) * kv * size,
             "libraries": int(0.7 * GB),
         },
         teacher=said,
     )
+
+
+def _head_chunk(vocabulary: int, device: str, further: int) -> int:
+    """Bytes of one chunk of the vocabulary head: logits, their gradient and what a divergence makes of them."""
+    if device.startswith("cuda"):  # kernels make nothing of them; gradients of 16 bits are gathered
+        return chunk_size(vocabulary, "cuda") * vocabulary * (4 * (3 + further) + 2 * GATHERED)
+    return chunk_size(vocabulary) * vocabulary * 4 * (5 + 2 * further)
 
 
 def available_memory(ground: Ground) -> int | None:
