@@ -296,7 +296,7 @@ def child(case: Mapping[str, Any], threads: int) -> dict[str, Any]:
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Drift by step and arm, then time and memory by arm."""
     lines = [
-        "         |            |  tokens of the step  |  tokens of the probe |     probe | share of float32's movement |",
+        "         |            |  tokens of the step  | tokens of the probe  |   probe   |  share of float32's way  |",
         "    step | arm        | |dlogp|  mean    max | |dlogp|  mean    max | KL(32||.) |  moved |  apart |  masters |"
         "       loss",
     ]
