@@ -9,6 +9,7 @@ by the others, so they are on-policy for it and the same tokens for all. All sta
     float32      the reference
     recut        float32 with half the token budget: another order of sums, the floor against which drift is read
     master       bfloat16 with float32 master copies, as `optim.dtype: bfloat16` trains
+    stochastic   bfloat16 weights alone, updates rounded at random, as `optim.master: stochastic` trains
     naive        bfloat16 weights, gradients and moments, by AdamW alone: what is lost without master copies
 
 Every --every steps: |log-prob - float32's| of the step's own tokens (before its update) and of those of a probe batch
@@ -43,6 +44,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "recut": {"dtype": "float32", "cut": 2},
     "master": {"dtype": "bfloat16"},
+    "stochastic": {"dtype": "bfloat16", "master": "stochastic"},
     "naive": {"dtype": "bfloat16", "naive": True},
 }
 METHODS = ("grpo", "opsd", "rlsd", "sdpg", "sdpo")
@@ -142,11 +144,12 @@ def run_of(given: Mapping[str, Any], arm: str, work: Path) -> Any:
     fields = ARMS[arm]
     sections: dict[str, Any] = {
         "model": str(work / "model"), "method": given["method"], "reward": "exact", "privilege": {"kind": "answer"},
-        "device": given["device"], "seed": 0, "out": str(work / f"run-{arm}"), "loss": {"sampler_cap": None},
+        "device": given["device"], "seed": 0, "out": str(work / f"run-{arm}"), "report": {"to": []},
         "rollout": {"num_generations": given["generations"], "prompts_per_step": given["problems"],
                     "max_completion_length": given["tokens"], "stop": [STOP], "max_logp_gap": 1e9},
         "optim": {"steps": given["steps"], "learning_rate": given["learning_rate"], "warmup_steps": 2,
-                  "dtype": fields["dtype"], "token_budget": given["token_budget"] // fields.get("cut", 1)},
+                  "dtype": fields["dtype"], "master": fields.get("master", "float32"),
+                  "token_budget": given["token_budget"] // fields.get("cut", 1)},
     }
     overrides = ["data.heldout=0"]
     if given["prompts"]:

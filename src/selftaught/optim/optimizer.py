@@ -1,4 +1,4 @@
-"""AdamW over named parameters, with float32 master copies for narrower ones, clipping, and exact state."""
+"""AdamW over named parameters, with float32 master copies or random rounding, clipping, and exact state."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from selftaught.errors import UserError
+from selftaught.optim import rounding
 from selftaught.optim.config import OptimConfig, learning_rate
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -33,12 +34,15 @@ class Optimizer:
     A parameter that comes under two names (a tied head) is counted once, under its first name. One narrower
     than float32 gets a float32 master copy: its gradients are summed in float32 over the micro-batches (so
     `parameter.grad` is None after each backward pass), the update is done on the master, and the parameter
-    is the master rounded. Without it an update below 2^-9 of a bfloat16 weight would be lost.
+    is the master rounded. Without it an update below 2^-9 of a bfloat16 weight would be lost. Where the recipe's
+    `master` is `stochastic`, a bfloat16 parameter has no copy: it is updated itself and rounded at random, by numbers
+    that are a function of `seed`, the updates done and its name. Its gradients are gathered in the same way.
     The fused kernel is used: on a CPU 4.5 times as fast as the others, with no temporaries.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig) -> None:
+    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig, seed: int = 0) -> None:
         self.config = config
+        self._seed, self._applied = seed, 0  # updates that changed something
         self.skipped = 0
         self.updates = 0  # by this object, skipped ones too: not part of its state
         self._parameters: dict[str, Parameter] = {}
@@ -50,6 +54,7 @@ class Optimizer:
         if not self._parameters:
             raise UserError("no parameter of the model is trainable: leave at least one unfrozen")
         self._updated = {name: self._master(parameter) for name, parameter in self._parameters.items()}
+        self._rounded = {self._updated[name]: name for name, p in self._parameters.items() if self._rounds(p)}
         groups = [
             {"params": [p for n, p in self._updated.items() if decays(n, p)], "weight_decay": config.weight_decay},
             {"params": [p for n, p in self._updated.items() if not decays(n, p)], "weight_decay": 0.0},
@@ -57,23 +62,26 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
     def _master(self, parameter: Parameter) -> Parameter:
-        """What AdamW updates: the parameter itself, or its float32 copy, which gathers the gradients."""
+        """What gathers gradients and is the key of moments: the parameter itself, its float32 copy, or a stand-in."""
         if parameter.dtype.itemsize >= 4:
             return parameter
-        master = Parameter(parameter.detach().float())
+        master = rounding.stand_in(parameter) if self._rounds(parameter) else Parameter(parameter.detach().float())
         alive = weakref.ref(master)  # a hook outlives its optimiser, and must not take a later one's gradients
         parameter.register_post_accumulate_grad_hook(lambda p: _move_grad(p, alive()))
         return master
+
+    def _rounds(self, parameter: Parameter) -> bool:
+        return self.config.master == "stochastic" and parameter.dtype == torch.bfloat16
 
     def step(self, step: int) -> dict[str, float]:
         """One update at the rate of step number `step` (from 0), from the gradients gathered so far.
 
         Returns `learning_rate`, `grad_norm` (l2 over all, before clipping), `skipped` (0 or 1) and
         `skipped_total`. Where the norm is not finite nothing is changed: no weight, no moment, no count.
-        Gradients are left for `zero_grad`.
+        Gradients are left for `zero_grad`, but those of rounded parameters, which are used up.
         """
         self.updates += 1
-        for name, master in self._masters():
+        for name, master in self._narrow():
             _move_grad(self._parameters[name], master)  # written into .grad by hand, without a backward pass
         grads = [p.grad for p in self._updated.values() if p.grad is not None]
         norm = get_total_norm(grads, foreach=True) if grads else torch.zeros(())
@@ -84,8 +92,10 @@ class Optimizer:
                 clip_grads_with_norm_(self._updated.values(), self.config.max_grad_norm, norm, foreach=True)
             for group in self._adamw.param_groups:
                 group["lr"] = rate
+            self._round()
             self._adamw.step()
             self._copy_back()
+            self._applied += 1
         else:
             self.skipped += 1
             metrics["skipped"] = 1.0
@@ -95,11 +105,26 @@ class Optimizer:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those of the master copies too."""
         self._adamw.zero_grad(set_to_none)
-        for name, _ in self._masters():
+        for name, _ in self._narrow():
             self._parameters[name].grad = None
 
-    def _masters(self) -> list[tuple[str, Parameter]]:
+    def _narrow(self) -> list[tuple[str, Parameter]]:
+        """Names of the narrower parameters, and what gathers their gradients."""
         return [(n, p) for n, p in self._updated.items() if p is not self._parameters[n]]
+
+    def _masters(self) -> list[tuple[str, Parameter]]:
+        return [(n, p) for n, p in self._narrow() if p not in self._rounded]
+
+    def _round(self) -> None:
+        """Update the parameters that have no master, each with numbers of its own."""
+        for group in self._adamw.param_groups:
+            for stand_in in group["params"]:
+                name, grad = self._rounded.get(stand_in), stand_in.grad
+                if name is not None and grad is not None:
+                    stand_in.grad = None  # AdamW passes it over
+                    parameter = self._parameters[name]
+                    rounding.update(parameter, grad, self._adamw.state[stand_in], group, rounding.generator(
+                        self._seed, self._applied, name, parameter.device))
 
     @torch.no_grad()
     def _copy_back(self) -> None:
@@ -116,7 +141,7 @@ class Optimizer:
 
     def state(self) -> dict[str, Any]:
         """What is not a tensor, as JSON."""
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped} | ({"applied": self._applied} if self._rounded else {})
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -136,12 +161,17 @@ class Optimizer:
             master.copy_(tensors[f"master/{name}"])
         self._copy_back()
         self.skipped = int(state["skipped"])
+        if self._rounded:
+            self._applied = int(state["applied"])
 
     def _refuse_others(self, tensors: Mapping[str, Tensor]) -> None:
         remedy = "resume with the model, dtype and adapter settings that the checkpoint was made with"
         for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
             here = self._updated.get(name)
+            if kind == "master" and here in self._rounded:
+                raise UserError(f"the checkpoint holds a float32 master copy of {name!r}, which optim.master = stochastic "
+                                f"does without: {remedy}")
             if here is None or (kind != "step" and here.shape != tensor.shape):
                 shape = "no such parameter" if here is None else f"shape {tuple(here.shape)}"
                 raise UserError(
