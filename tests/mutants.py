@@ -238,6 +238,27 @@ MUTANTS = [
         "test_optim.py",
     ),
     Mutant(
+        "rounding_up_too_seldom",
+        "optim/rounding.py",
+        "random_(0, 2**_LOST, generator=random)",
+        "random_(0, 2**(_LOST - 1), generator=random)",
+        "test_rounding.py",
+    ),
+    Mutant(
+        "same_draws_at_every_update",
+        "optim/rounding.py",
+        'f"{seed}/{update}/{name}"',
+        'f"{seed}/{name}"',
+        "test_rounding.py",
+    ),
+    Mutant(
+        "draws_not_resumed",
+        "optim/optimizer.py",
+        'self._applied = int(state["applied"])',
+        "self._applied = 0",
+        "test_optim.py test_rounding.py",
+    ),
+    Mutant(
         "biased_pass_at_k",
         "eval/measures.py",
         "return (ways - math.comb(n - c, k)) / ways",

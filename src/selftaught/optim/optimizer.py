@@ -17,6 +17,7 @@ from selftaught.optim import rounding
 from selftaught.optim.config import OptimConfig, learning_rate
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_Moments = dict[str, Tensor]
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -54,15 +55,16 @@ class Optimizer:
         if not self._parameters:
             raise UserError("no parameter of the model is trainable: leave at least one unfrozen")
         self._updated = {name: self._master(parameter) for name, parameter in self._parameters.items()}
-        self._rounded = {self._updated[name]: name for name, p in self._parameters.items() if self._rounds(p)}
+        self._rounded: dict[str, _Moments] = {n: {} for n, p in self._parameters.items() if self._rounds(p)}
+        held = [(n, p) for n, p in self._updated.items() if n not in self._rounded]
         groups = [
-            {"params": [p for n, p in self._updated.items() if decays(n, p)], "weight_decay": config.weight_decay},
-            {"params": [p for n, p in self._updated.items() if not decays(n, p)], "weight_decay": 0.0},
+            {"params": [p for n, p in held if decays(n, p)], "weight_decay": config.weight_decay},
+            {"params": [p for n, p in held if not decays(n, p)], "weight_decay": 0.0},
         ]
         self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
     def _master(self, parameter: Parameter) -> Parameter:
-        """What gathers gradients and is the key of moments: the parameter itself, its float32 copy, or a stand-in."""
+        """What gathers the gradients: the parameter itself, its float32 copy, or what only stands for one."""
         if parameter.dtype.itemsize >= 4:
             return parameter
         master = rounding.stand_in(parameter) if self._rounds(parameter) else Parameter(parameter.detach().float())
@@ -78,7 +80,7 @@ class Optimizer:
 
         Returns `learning_rate`, `grad_norm` (l2 over all, before clipping), `skipped` (0 or 1) and
         `skipped_total`. Where the norm is not finite nothing is changed: no weight, no moment, no count.
-        Gradients are left for `zero_grad`, but those of rounded parameters, which are used up.
+        Gradients are left for `zero_grad`.
         """
         self.updates += 1
         for name, master in self._narrow():
@@ -92,8 +94,8 @@ class Optimizer:
                 clip_grads_with_norm_(self._updated.values(), self.config.max_grad_norm, norm, foreach=True)
             for group in self._adamw.param_groups:
                 group["lr"] = rate
-            self._round()
             self._adamw.step()
+            self._round(rate)
             self._copy_back()
             self._applied += 1
         else:
@@ -105,26 +107,27 @@ class Optimizer:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those of the master copies too."""
         self._adamw.zero_grad(set_to_none)
-        for name, _ in self._narrow():
+        for name, wide in self._narrow():
             self._parameters[name].grad = None
+            if name in self._rounded:  # which AdamW does not know
+                wide.grad = None
 
     def _narrow(self) -> list[tuple[str, Parameter]]:
         """Names of the narrower parameters, and what gathers their gradients."""
         return [(n, p) for n, p in self._updated.items() if p is not self._parameters[n]]
 
     def _masters(self) -> list[tuple[str, Parameter]]:
-        return [(n, p) for n, p in self._narrow() if p not in self._rounded]
+        return [(n, p) for n, p in self._narrow() if n not in self._rounded]
 
-    def _round(self) -> None:
-        """Update the parameters that have no master, each with numbers of its own."""
-        for group in self._adamw.param_groups:
-            for stand_in in group["params"]:
-                name, grad = self._rounded.get(stand_in), stand_in.grad
-                if name is not None and grad is not None:
-                    stand_in.grad = None  # AdamW passes it over
-                    parameter = self._parameters[name]
-                    rounding.update(parameter, grad, self._adamw.state[stand_in], group, rounding.generator(
-                        self._seed, self._applied, name, parameter.device))
+    def _round(self, rate: float) -> None:
+        """Update the parameters that have no master, each by random numbers of its own."""
+        for name, moments in self._rounded.items():
+            parameter, grad = self._parameters[name], self._updated[name].grad
+            if grad is not None:
+                rounding.update(
+                    parameter, grad, moments, rounding.generator(self._seed, self._applied, name, parameter.device),
+                    lr=rate, weight_decay=self.config.weight_decay if decays(name, parameter) else 0.0,
+                    betas=self.config.betas, eps=self.config.eps)
 
     @torch.no_grad()
     def _copy_back(self) -> None:
@@ -134,10 +137,13 @@ class Optimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """`step/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, and `master/NAME` where there is one. Not copied."""
         tensors = {f"master/{name}": master.detach() for name, master in self._masters()}
-        for name, parameter in self._updated.items():
-            moments = self._adamw.state.get(parameter, {})  # empty until the parameter first had a gradient
+        for name in self._updated:
+            moments = self._moments(name)  # empty until the parameter first had a gradient
             tensors |= {f"{key}/{name}": value for key, value in moments.items()}
         return tensors
+
+    def _moments(self, name: str) -> _Moments:
+        return self._rounded[name] if name in self._rounded else self._adamw.state.get(self._updated[name], {})
 
     def state(self) -> dict[str, Any]:
         """What is not a tensor, as JSON."""
@@ -152,11 +158,14 @@ class Optimizer:
         """
         self._refuse_others(tensors)
         for name, parameter in self._updated.items():
-            self._adamw.state.pop(parameter, None)
-            if f"exp_avg/{name}" in tensors:
-                self._adamw.state[parameter] = {
-                    key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in _MOMENTS
-                }
+            moments = {key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in _MOMENTS
+                       if f"exp_avg/{name}" in tensors}
+            if name in self._rounded:
+                self._rounded[name] = moments
+            elif moments:
+                self._adamw.state[parameter] = moments
+            else:
+                self._adamw.state.pop(parameter, None)
         for name, master in self._masters():
             master.copy_(tensors[f"master/{name}"])
         self._copy_back()
@@ -169,9 +178,9 @@ class Optimizer:
         for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
             here = self._updated.get(name)
-            if kind == "master" and here in self._rounded:
-                raise UserError(f"the checkpoint holds a float32 master copy of {name!r}, which optim.master = stochastic "
-                                f"does without: {remedy}")
+            if kind == "master" and name in self._rounded:
+                raise UserError(f"the checkpoint holds a float32 master copy of {name!r}, and optim.master = "
+                                f"stochastic has none: {remedy}")
             if here is None or (kind != "step" and here.shape != tensor.shape):
                 shape = "no such parameter" if here is None else f"shape {tuple(here.shape)}"
                 raise UserError(

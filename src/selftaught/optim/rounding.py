@@ -8,8 +8,6 @@ arXiv:1502.02551; for bfloat16 weights Zamirai et al., arXiv:2010.06192).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ _LOST = 16  # bits of a float32 that bfloat16 has not
 
 
 def stand_in(parameter: Tensor) -> Parameter:
-    """What gathers the gradients of `parameter` in float32 and is the key of its moments; itself one number large."""
+    """What gathers the gradients of `parameter` in float32; itself it takes one number of memory."""
     return Parameter(torch.zeros((), device=parameter.device).expand(parameter.shape))
 
 
@@ -42,19 +40,21 @@ def rounded_at_random(wide: Tensor, random: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def update(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any],
-           random: torch.Generator) -> None:
-    """One AdamW update of a bfloat16 `parameter` by its float32 `grad`, block by block; `state` as torch's AdamW's."""
-    if not state:
-        state["step"] = torch.zeros((), device=parameter.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
-    flat = [torch.atleast_1d(t) for t in (parameter.detach(), grad, state["exp_avg"], state["exp_avg_sq"])]
+def update(parameter: Tensor, grad: Tensor, moments: dict[str, Tensor], random: torch.Generator, *, lr: float,
+           betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """One AdamW update of a bfloat16 `parameter` by its float32 `grad`, block by block.
+
+    `moments` is what torch's AdamW keeps of a parameter, all in float32; empty before the first update.
+    """
+    if not moments:
+        moments["step"] = torch.zeros((), device=parameter.device)
+        moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
+    flat = [torch.atleast_1d(t) for t in (parameter.detach(), grad, moments["exp_avg"], moments["exp_avg_sq"])]
     rows = max(1, BLOCK * flat[0].shape[0] // max(1, parameter.numel()))
-    done = state["step"]
+    done = moments["step"]
     for narrow, block, average, square in zip(*(t.split(rows) for t in flat), strict=True):
-        wide, done = narrow.float(), state["step"].clone()
-        adamw([wide], [block], [average], [square], [], [done], fused=True, amsgrad=False, maximize=False,
-              lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-              weight_decay=group["weight_decay"])
+        wide, done = narrow.float(), moments["step"].clone()
+        adamw([wide], [block], [average], [square], [], [done], fused=True, amsgrad=False, maximize=False, lr=lr,
+              beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
         narrow.copy_(rounded_at_random(wide, random))
-    state["step"] = done
+    moments["step"] = done
