@@ -24,6 +24,7 @@ float32 weights in the temporary folder (TMPDIR).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -48,7 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "naive": {"dtype": "bfloat16", "naive": True},
 }
 METHODS = ("grpo", "opsd", "rlsd", "sdpg", "sdpo")
-PROBE_PROBLEMS = 2
+PROBE_PROBLEMS, PROBE_TOKENS = 8, 512  # of the probe at most
 ROWS = 64  # tokens of the probe at a time
 STOP = "\n"
 
@@ -195,6 +196,8 @@ def measure(arm: str, work: str, **given: Any) -> dict[str, Any]:
     ground, parts = session.parts.ground, session.parts
     asked = requests(ground, ground.dataset.train[:PROBE_PROBLEMS], given["steps"])  # a step that no training has
     sampled = parts.engine.sample(asked, given["generations"], parts.sampling)
+    ends = itertools.accumulate(len(rollout.token_ids) for rollout in sampled)
+    sampled = [rollout for rollout, end in zip(sampled, ends, strict=True) if end <= PROBE_TOKENS] or sampled[:1]
     probe = make_batch(sampled, Judge(sampled).result(), [None] * len(sampled), 0, parts.backbone.device)
     rows, seconds, peak = [row_of(arm, folder, session, probe, {})], [], 0.0
     for number in range(1, given["steps"] + 1):

@@ -238,6 +238,13 @@ MUTANTS = [
         "test_optim.py",
     ),
     Mutant(
+        "sampler_scores_in_bfloat16",
+        "rollout/cache.py",
+        "return torch.bmm(query.to(key.dtype), key)",
+        "return torch.bmm(query.to(key.dtype), key).to(query.dtype)",
+        "test_precision.py",
+    ),
+    Mutant(
         "rounding_up_too_seldom",
         "optim/rounding.py",
         "random_(0, 2**_LOST, generator=random)",
