@@ -111,8 +111,8 @@ def test_an_update_is_that_of_float32_adamw_rounded_to_a_neighbour() -> None:
 
 def test_block_by_block_the_update_is_the_same_but_for_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for block in (rounding.BLOCK, 7 * 5):
-        monkeypatch.setattr(rounding, "BLOCK", block)
+    for block in (rounding.CPU_BLOCK, 7 * 5):
+        monkeypatch.setattr(rounding, "CPU_BLOCK", block)
         weight, scalar = (nn.Parameter(torch.full(shape, 0.75, dtype=torch.bfloat16)) for shape in ((23, 5), ()))
         optimizer = Optimizer([("w", weight), ("s", scalar)], config(learning_rate=2.0**-8))
         for step in range(2):
