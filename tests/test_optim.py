@@ -22,6 +22,14 @@ def config(**fields: object) -> OptimConfig:
     return OptimConfig(**({"steps": 10, "learning_rate": 0.1, "max_grad_norm": None} | fields))  # type: ignore[arg-type]
 
 
+KINDS: dict[str, dict[str, str]] = {
+    "float32": {"dtype": "float32"},
+    "master": {"dtype": "bfloat16"},
+    "stochastic": {"dtype": "bfloat16", "master": "stochastic"},
+}
+DTYPE = {kind: getattr(torch, fields["dtype"]) for kind, fields in KINDS.items()}
+
+
 class Tiny(nn.Module):
     """An embedding tied to the head, a norm, a biased layer, and buffers of both sorts."""
 
@@ -186,10 +194,10 @@ def test_a_gradient_below_the_norm_is_not_scaled_up() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad: float, dtype: torch.dtype) -> None:
-    model = Tiny().to(dtype)
-    optimizer = Optimizer(model.named_parameters(), config(weight_decay=0.1, max_grad_norm=1.0))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad: float, kind: str) -> None:
+    model = Tiny().to(DTYPE[kind])
+    optimizer = Optimizer(model.named_parameters(), config(weight_decay=0.1, max_grad_norm=1.0, **KINDS[kind]))
     teachers = Teachers({"teacher": View("ema", rate=0.5), "reference": View("snapshot", every=1)}, model)
     train(model, optimizer, teachers, range(2))
     everything = dict(model.state_dict()) | optimizer.state_tensors() | teachers.state_tensors()
@@ -202,6 +210,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad: float
     teachers.update(2, skipped=metrics["skipped"] == 1)
     assert metrics["skipped"] == 1 == metrics["skipped_total"] and not math.isfinite(metrics["grad_norm"])
     after = dict(model.state_dict()) | optimizer.state_tensors() | teachers.state_tensors()
+    assert optimizer.state().get("applied", 2) == 2
     assert all(torch.equal(after[name], before[name]) for name in before) and before.keys() == after.keys()
     train(model, optimizer, teachers, range(3, 4))
     assert optimizer.step(4)["skipped"] == 0 and optimizer.skipped == 1
@@ -224,9 +233,10 @@ def test_master_copies_gather_updates_that_bfloat16_alone_would_lose() -> None:
     assert torch.equal(weight.detach(), torch.full((4,), 0.99).bfloat16())
 
 
-def test_bfloat16_gradients_of_micro_batches_are_summed_in_float32() -> None:
+@pytest.mark.parametrize("kind", ["master", "stochastic"])
+def test_bfloat16_gradients_of_micro_batches_are_summed_in_float32(kind: str) -> None:
     weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    optimizer = Optimizer([("w", weight)], config())
+    optimizer = Optimizer([("w", weight)], config(**KINDS[kind]))
     (256 * weight).sum().backward()
     for _ in range(8):
         (0.5 * weight).sum().backward()  # 256 + 0.5 is 256 in bfloat16
@@ -254,24 +264,24 @@ def test_a_float32_parameter_is_updated_in_place_without_a_master() -> None:
     assert sorted(optimizer.state_tensors()) == sorted(f"{k}/{n}" for n in names for k in kinds)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_run_twice_gives_the_same_bits(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_run_twice_gives_the_same_bits(kind: str) -> None:
     ends = []
     for _ in range(2):
-        model = Tiny().to(dtype)
-        train(model, Optimizer(model.named_parameters(), config(max_grad_norm=0.1)), None, range(5))
+        model = Tiny().to(DTYPE[kind])
+        train(model, Optimizer(model.named_parameters(), config(max_grad_norm=0.1, **KINDS[kind])), None, range(5))
         ends.append(model.state_dict())
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
 
 
 @pytest.mark.parametrize("disk", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_five_steps_then_load_then_five_equal_ten_bit_for_bit(dtype: torch.dtype, disk: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_five_steps_then_load_then_five_equal_ten_bit_for_bit(kind: str, disk: bool, tmp_path: Path) -> None:
     views = {"teacher": View("ema", rate=0.1), "reference": View("initial"), "old": View("snapshot", every=3)}
-    c = config(schedule="cosine", warmup_steps=2, weight_decay=0.1, max_grad_norm=0.5)
+    c = config(schedule="cosine", warmup_steps=2, weight_decay=0.1, max_grad_norm=0.5, **KINDS[kind])
 
     def fresh(seed: int) -> tuple[Tiny, Optimizer, Teachers]:
-        model = Tiny(seed).to(dtype)
+        model = Tiny(seed).to(DTYPE[kind])
         return model, Optimizer(model.named_parameters(), c), Teachers(views, model)
 
     whole = fresh(0)

@@ -166,6 +166,21 @@ def test_killed_at_five_random_moments_and_resumed_a_run_ends_with_the_same_bits
     assert {key.partition("/")[0] for key in kept} == {kind}
 
 
+def test_rounding_at_random_goes_on_with_the_same_draws(home: Path) -> None:
+    optim = {"steps": 4, "learning_rate": 1e-4, "dtype": "bfloat16", "master": "stochastic"}
+    paths = [write_recipe(home, f"{name}.yaml", method=TEACHERS["ema"], optim=optim, eval={"every": 3},
+                          out=str(home / "runs" / name)) for name in ("rounded", "rounded-killed")]
+    code, said = trained(paths[0])
+    assert code == 0, said
+    code, said = trained(paths[1], act=kill_in("step", 2))
+    assert code == -signal.SIGKILL, said
+    code, said = trained(paths[1], "--resume")
+    assert code == 0 and "resumed after step" in said, said
+    assert_same_run(*(home / "runs" / path.stem for path in paths))
+    saved = load_file(home / "runs" / "rounded" / "checkpoints" / "step-4" / "optimizer.safetensors")
+    assert saved and not any(name.startswith("master/") for name in saved)
+
+
 def test_the_teacher_the_optimiser_and_the_cursor_matter_to_where_a_resumed_run_ends(home: Path) -> None:
     """The comparison above can fail: without the saved teacher, the same run ends elsewhere."""
     from selftaught.optim import Teachers

@@ -312,7 +312,7 @@ def assemble(ground: Ground) -> Parts:
         model.requires_grad_(True)
     if run.optim.activation_checkpointing:
         backbone.checkpoint_activations()
-    optimizer = Optimizer(model.named_parameters(), run.optim)
+    optimizer = Optimizer(model.named_parameters(), run.optim, run.seed)
     teachers = Teachers(method.views, model)
     external = load_external(ground)
     scorer = Scorer(backbone, method.views, teachers.weights, run.optim.token_budget, run.rollout.temperature,

@@ -81,7 +81,7 @@ def forecast(ground: Ground) -> Forecast:
         bytes={
             "weights": count * size + (0 if lora is None else trained * 4),
             "gradients": trained * 4,
-            "optimiser": trained * (8 if width_of_trained == 4 else 12),
+            "optimiser": trained * (8 if width_of_trained == 4 or run.optim.master == "stochastic" else 12),
             "teachers": len(kept) * trained * width_of_trained + external,
             "activations": run.optim.token_budget * width * ACTIVATION_FLOATS * layers * size,
             "head": _head_chunk(text.vocab_size, device_of(run), further) + head,

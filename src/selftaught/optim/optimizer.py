@@ -1,4 +1,4 @@
-"""AdamW over named parameters, with float32 master copies for narrower ones, clipping, and exact state."""
+"""AdamW over named parameters, with float32 master copies or random rounding, clipping, and exact state."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from selftaught.errors import UserError
+from selftaught.optim import rounding
 from selftaught.optim.config import OptimConfig, learning_rate
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_Moments = dict[str, Tensor]
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -33,12 +35,15 @@ class Optimizer:
     A parameter that comes under two names (a tied head) is counted once, under its first name. One narrower
     than float32 gets a float32 master copy: its gradients are summed in float32 over the micro-batches (so
     `parameter.grad` is None after each backward pass), the update is done on the master, and the parameter
-    is the master rounded. Without it an update below 2^-9 of a bfloat16 weight would be lost.
+    is the master rounded. Without it an update below 2^-9 of a bfloat16 weight would be lost. Where the recipe's
+    `master` is `stochastic`, a bfloat16 parameter has no copy: it is updated itself and rounded at random, by numbers
+    that are a function of `seed`, the updates done and its name. Its gradients are gathered in the same way.
     The fused kernel is used: on a CPU 4.5 times as fast as the others, with no temporaries.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig) -> None:
+    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig, seed: int = 0) -> None:
         self.config = config
+        self._seed, self._applied = seed, 0  # updates that changed something
         self.skipped = 0
         self.updates = 0  # by this object, skipped ones too: not part of its state
         self._parameters: dict[str, Parameter] = {}
@@ -50,20 +55,25 @@ class Optimizer:
         if not self._parameters:
             raise UserError("no parameter of the model is trainable: leave at least one unfrozen")
         self._updated = {name: self._master(parameter) for name, parameter in self._parameters.items()}
+        self._rounded: dict[str, _Moments] = {n: {} for n, p in self._parameters.items() if self._rounds(p)}
+        held = [(n, p) for n, p in self._updated.items() if n not in self._rounded]
         groups = [
-            {"params": [p for n, p in self._updated.items() if decays(n, p)], "weight_decay": config.weight_decay},
-            {"params": [p for n, p in self._updated.items() if not decays(n, p)], "weight_decay": 0.0},
+            {"params": [p for n, p in held if decays(n, p)], "weight_decay": config.weight_decay},
+            {"params": [p for n, p in held if not decays(n, p)], "weight_decay": 0.0},
         ]
         self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
     def _master(self, parameter: Parameter) -> Parameter:
-        """What AdamW updates: the parameter itself, or its float32 copy, which gathers the gradients."""
+        """What gathers the gradients: the parameter itself, its float32 copy, or what only stands for one."""
         if parameter.dtype.itemsize >= 4:
             return parameter
-        master = Parameter(parameter.detach().float())
+        master = rounding.stand_in(parameter) if self._rounds(parameter) else Parameter(parameter.detach().float())
         alive = weakref.ref(master)  # a hook outlives its optimiser, and must not take a later one's gradients
         parameter.register_post_accumulate_grad_hook(lambda p: _move_grad(p, alive()))
         return master
+
+    def _rounds(self, parameter: Parameter) -> bool:
+        return self.config.master == "stochastic" and parameter.dtype == torch.bfloat16
 
     def step(self, step: int) -> dict[str, float]:
         """One update at the rate of step number `step` (from 0), from the gradients gathered so far.
@@ -73,7 +83,7 @@ class Optimizer:
         Gradients are left for `zero_grad`.
         """
         self.updates += 1
-        for name, master in self._masters():
+        for name, master in self._narrow():
             _move_grad(self._parameters[name], master)  # written into .grad by hand, without a backward pass
         grads = [p.grad for p in self._updated.values() if p.grad is not None]
         norm = get_total_norm(grads, foreach=True) if grads else torch.zeros(())
@@ -85,7 +95,9 @@ class Optimizer:
             for group in self._adamw.param_groups:
                 group["lr"] = rate
             self._adamw.step()
+            self._round(rate)
             self._copy_back()
+            self._applied += 1
         else:
             self.skipped += 1
             metrics["skipped"] = 1.0
@@ -95,11 +107,27 @@ class Optimizer:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those of the master copies too."""
         self._adamw.zero_grad(set_to_none)
-        for name, _ in self._masters():
+        for name, wide in self._narrow():
             self._parameters[name].grad = None
+            if name in self._rounded:  # which AdamW does not know
+                wide.grad = None
+
+    def _narrow(self) -> list[tuple[str, Parameter]]:
+        """Names of the narrower parameters, and what gathers their gradients."""
+        return [(n, p) for n, p in self._updated.items() if p is not self._parameters[n]]
 
     def _masters(self) -> list[tuple[str, Parameter]]:
-        return [(n, p) for n, p in self._updated.items() if p is not self._parameters[n]]
+        return [(n, p) for n, p in self._narrow() if n not in self._rounded]
+
+    def _round(self, rate: float) -> None:
+        """Update the parameters that have no master, each by random numbers of its own."""
+        for name, moments in self._rounded.items():
+            parameter, grad = self._parameters[name], self._updated[name].grad
+            if grad is not None:
+                rounding.update(
+                    parameter, grad, moments, rounding.generator(self._seed, self._applied, name, parameter.device),
+                    lr=rate, weight_decay=self.config.weight_decay if decays(name, parameter) else 0.0,
+                    betas=self.config.betas, eps=self.config.eps)
 
     @torch.no_grad()
     def _copy_back(self) -> None:
@@ -109,14 +137,17 @@ class Optimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """`step/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, and `master/NAME` where there is one. Not copied."""
         tensors = {f"master/{name}": master.detach() for name, master in self._masters()}
-        for name, parameter in self._updated.items():
-            moments = self._adamw.state.get(parameter, {})  # empty until the parameter first had a gradient
+        for name in self._updated:
+            moments = self._moments(name)  # empty until the parameter first had a gradient
             tensors |= {f"{key}/{name}": value for key, value in moments.items()}
         return tensors
 
+    def _moments(self, name: str) -> _Moments:
+        return self._rounded[name] if name in self._rounded else self._adamw.state.get(self._updated[name], {})
+
     def state(self) -> dict[str, Any]:
         """What is not a tensor, as JSON."""
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped} | ({"applied": self._applied} if self._rounded else {})
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -127,21 +158,29 @@ class Optimizer:
         """
         self._refuse_others(tensors)
         for name, parameter in self._updated.items():
-            self._adamw.state.pop(parameter, None)
-            if f"exp_avg/{name}" in tensors:
-                self._adamw.state[parameter] = {
-                    key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in _MOMENTS
-                }
+            moments = {key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in _MOMENTS
+                       if f"exp_avg/{name}" in tensors}
+            if name in self._rounded:
+                self._rounded[name] = moments
+            elif moments:
+                self._adamw.state[parameter] = moments
+            else:
+                self._adamw.state.pop(parameter, None)
         for name, master in self._masters():
             master.copy_(tensors[f"master/{name}"])
         self._copy_back()
         self.skipped = int(state["skipped"])
+        if self._rounded:
+            self._applied = int(state["applied"])
 
     def _refuse_others(self, tensors: Mapping[str, Tensor]) -> None:
         remedy = "resume with the model, dtype and adapter settings that the checkpoint was made with"
         for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
             here = self._updated.get(name)
+            if kind == "master" and name in self._rounded:
+                raise UserError(f"the checkpoint holds a float32 master copy of {name!r}, and optim.master = "
+                                f"stochastic has none: {remedy}")
             if here is None or (kind != "step" and here.shape != tensor.shape):
                 shape = "no such parameter" if here is None else f"shape {tuple(here.shape)}"
                 raise UserError(

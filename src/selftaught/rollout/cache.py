@@ -9,6 +9,18 @@ from torch.nn.functional import pad
 FIRST_CAPACITY = 32
 
 
+def _held(key: Tensor) -> Tensor:
+    """Keys as they are kept: on a CPU in float32 at least, since its products are as narrow as their factors."""
+    return key if key.is_cuda or key.dtype == torch.float64 else key.float()
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """Their product in float32 at least: a score of 10 that is rounded to bfloat16 moves its weight by up to 2%."""
+    if query.dtype == key.dtype and query.dtype.itemsize < 4:
+        return torch.bmm(query, key, out_dtype=torch.float32)
+    return torch.bmm(query.to(key.dtype), key)
+
+
 class DecodeCache:
     """Attention while all rows are decoded in step, from the prompts' keys and values on.
 
@@ -25,7 +37,7 @@ class DecodeCache:
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._capacity = min(FIRST_CAPACITY, most)
         # By layer (Hkv, groups, P, D), heads first, as queries come: rows of whole groups are its slots without a copy.
-        self._prompt = prompts
+        self._prompt = {layer: (_held(key), value) for layer, (key, value) in prompts.items()}
         self._response: dict[int, tuple[Tensor, Tensor]] = {}  # (Hkv, B, capacity, D)
         self._index_rows()
 
@@ -41,8 +53,8 @@ class DecodeCache:
         prompt_k, prompt_v = (x.flatten(0, 1) for x in self._prompt[layer])  # (Hkv groups, P, D)
         q = query.new_empty(kv_heads, rows, repeat, width)
         torch.mul(query.view(kv_heads, repeat, rows, width).transpose(1, 2), scaling, out=q)
-        on_prompt = self._by_row(torch.bmm(self._by_group(q), prompt_k.transpose(1, 2)), repeat)
-        own = torch.bmm(q.flatten(0, 1), own_k.transpose(1, 2))
+        on_prompt = self._by_row(_scores(self._by_group(q), prompt_k.transpose(1, 2)), repeat)
+        own = _scores(q.flatten(0, 1), own_k.transpose(1, 2))
         scores = torch.cat([on_prompt, own], dim=-1)  # (Hkv B, repeat, P + written + 1)
         hidden = self._hidden(prompt_k.shape[1], window)
         if hidden is not None:
@@ -67,7 +79,7 @@ class DecodeCache:
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self._response:
             shape = (*key.shape[:2], self._capacity, key.shape[2])
-            self._response[layer] = key.new_empty(shape), value.new_empty(shape)
+            self._response[layer] = _held(key[:0, :0]).new_empty(shape), value.new_empty(shape)
         held_k, held_v = self._response[layer]
         if self.written >= held_k.shape[2]:
             grow = (0, 0, 0, held_k.shape[2])
