@@ -180,6 +180,7 @@ def update(session: Session, batch: Batch, logp: Mapping[str, Tensor]) -> dict[s
             reduced.loss.backward()
             loss += reduced.loss.item()
             found.append(reduced.metrics)
+            del reduced  # the nodes of its graph: small blocks, between which the next pass would find no room
     metrics = {"loss": loss} | token_metrics(batch, credit, found, run.loss.sampler_cap,
                                               session.parts.ground.privileged)
     if batch.tokens.logp_old is None:
