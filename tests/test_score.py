@@ -195,7 +195,7 @@ def test_an_unsupported_family_loads_from_its_folder_and_falls_back_there_too(fa
 
 def test_verify_finds_a_layout_that_gives_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Segments._causal
-    monkeypatch.setattr(Segments, "_causal", lambda self, q, k, v, scale, window: right(self, q, k, v, scale, 3))
+    monkeypatch.setattr(Segments, "_causal", lambda self, q, k, v, window: right(self, q, k, v, 3))
     backbone = Backbone(families.llama())
     with pytest.warns(UserWarning, match="differs by"):
         backbone.verify(*BATCHES["several groups"])
