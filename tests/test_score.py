@@ -21,7 +21,7 @@ from selftaught.methods import Method, batch_credit, build, names
 from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, TokenLoss, Verdict, View
 from selftaught.score import Backbone, Scorer, heap, views
 from selftaught.score.attention import Segments
-from selftaught.score.fused import Fused, _Forgets, _Gated, _Linear, _Norm, _Rotated
+from selftaught.score.fused import Fused, _Forgets, _Gated, _inverse, _Linear, _Norm, _Rotated
 from selftaught.score.hub import load_model
 from selftaught.tensors import MIN_COMMON, fast_linear, pack, upcast
 from selftaught.vocabulary import sampled_log_probs
@@ -582,8 +582,11 @@ def test_the_gradient_of_a_fused_function_is_that_of_its_differences(function: A
         inputs[0].requires_grad_()
     else:
         inputs = [x.requires_grad_() for x in inputs]
-    rest = {_Norm: (1e-6,), _Rotated: ()}.get(function, (False,))
-    assert torch.autograd.gradcheck(lambda *given: function.apply(*given, *rest), inputs)
+    rest = {_Rotated: ()}.get(function, (None, False))
+    if function is _Norm:
+        assert torch.autograd.gradcheck(lambda x, weight: _Norm.apply(x, weight, _inverse(x, 1e-6)), inputs)
+    else:
+        assert torch.autograd.gradcheck(lambda *given: function.apply(*given, *rest), inputs)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # a tied head, and one of its own
@@ -631,7 +634,7 @@ def test_a_gated_layer_of_few_rows_has_the_bits_of_its_separate_layers(rows: int
     down = torch.randn(24, inner, generator=generator)
     apart = torch.nn.functional.silu(fast_linear(x, gate)) * fast_linear(x, up)
     with torch.no_grad():
-        found = _Gated.forward(_Forgets(), x, gate, up, down, False)
+        found = _Gated.forward(_Forgets(), x, gate, up, down, None, False)
     assert found.equal(fast_linear(apart, down))
 
 
