@@ -109,11 +109,10 @@ class _Gated(torch.autograd.Function):
         inner = fast_linear(grad, down.t())
         of_raised = active.mul_(inner)
         of_gated = torch.ops.aten.silu_backward(inner.mul_(raised), gated)
-        x = _anew(kept, gate.shape[1]) if any(ctx.needs_input_grad[1:3]) else None
-        if ctx.needs_input_grad[1]:
-            of_gate = _of_weight(of_gated, x, ctx.into[0])
-        if ctx.needs_input_grad[2]:
-            of_up = _of_weight(of_raised, x, ctx.into[1])
+        if any(ctx.needs_input_grad[1:3]):
+            x = _anew(kept, gate.shape[1])
+            of_gate = _of_weight(of_gated, x, ctx.into[0]) if ctx.needs_input_grad[1] else None
+            of_up = _of_weight(of_raised, x, ctx.into[1]) if ctx.needs_input_grad[2] else None
         if ctx.needs_input_grad[0]:
             of_x = fast_linear(of_gated, gate.t()).add_(fast_linear(of_raised, up.t()))
         return of_x, of_gate, of_up, of_down, None, None
