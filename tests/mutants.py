@@ -408,8 +408,8 @@ MUTANTS = [
     Mutant(
         "layer_gradient_twice",
         "score/fused.py",
-        "    into.grad.addmm_(grad.t(), x)\n    return None\n",
-        "    into.grad.addmm_(grad.t(), x)\n    return grad.t() @ x\n",
+        "        parameter.grad.addmm_(grad.t(), x)\n",
+        "        parameter.grad.addmm_(grad.t(), x)\n        return grad.t() @ x\n",
         "test_score.py",
     ),
     Mutant(

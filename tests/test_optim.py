@@ -164,6 +164,17 @@ def test_a_tied_parameter_is_counted_once_in_norm_and_state() -> None:
     assert not [name for name in optimizer.state_tensors() if "head" in name]
 
 
+def test_moments_lie_in_one_block_and_a_parameter_without_a_gradient_has_none() -> None:
+    model = Tiny()
+    optimizer = Optimizer(model.named_parameters(), config())
+    model.mid(torch.ones(1, 4)).sum().backward()
+    optimizer.step(0)
+    state = optimizer.state_tensors()
+    assert {key.split("/")[1] for key in state} == {"mid.weight", "mid.bias"}
+    assert len({t.untyped_storage().data_ptr() for key, t in state.items() if not key.startswith("step/")}) == 1
+    torch.testing.assert_close(state["exp_avg/mid.bias"], torch.full((4,), 0.1))
+
+
 def test_frozen_parameters_are_left_out_and_a_model_without_others_is_refused() -> None:
     model = Tiny()
     model.embed.requires_grad_(False)

@@ -582,11 +582,48 @@ def test_the_gradient_of_a_fused_function_is_that_of_its_differences(function: A
         inputs[0].requires_grad_()
     else:
         inputs = [x.requires_grad_() for x in inputs]
-    rest = {_Rotated: ()}.get(function, (None, False))
+    rest = {_Rotated: ()}.get(function, (None, None))
     if function is _Norm:
         assert torch.autograd.gradcheck(lambda x, weight: _Norm.apply(x, weight, _inverse(x, 1e-6)), inputs)
     else:
         assert torch.autograd.gradcheck(lambda *given: function.apply(*given, *rest), inputs)
+
+
+def test_memory_for_gradients_is_used_again_and_holds_nothing_of_the_last_update() -> None:
+    def gradients(backbone: Backbone, seed: int) -> dict[str, torch.Tensor]:
+        backbone.model.zero_grad()
+        with backbone.accumulating():
+            backbone.hidden(pack([ids(6, seed)], [ids(4, seed + 1)])).square().sum().backward()
+        return {name: p.grad for name, p in backbone.model.named_parameters() if p.grad is not None}
+
+    used = Backbone(families.llama())
+    first = gradients(used, 0)
+    name = next(name for name in first if name.endswith("q_proj.weight"))
+    place, value = first[name].data_ptr(), first[name].clone()
+    again, fresh = gradients(used, 5), gradients(Backbone(families.llama()), 5)
+    assert again[name].data_ptr() == place and not again[name].equal(value)
+    assert again.keys() == fresh.keys() and all(again[n].equal(fresh[n]) for n in fresh)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_product_keeps_what_a_norm_was_made_of_unless_it_was_changed_since(changed: bool) -> None:
+    found, kept = [], list[int]()
+    for form in ("plain", "fused"):
+        model = families.llama()
+        layer = model.model.layers[0]
+        width = layer.self_attn.q_proj.weight.shape[1]
+        x = torch.randn(1, 5, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with Fused(model).installed() if form == "fused" else nullcontext():
+            y = layer.input_layernorm(x)
+            y = y.mul_(2) if changed else y
+            kept.clear()
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+                product = layer.self_attn.q_proj(y)
+        product.square().sum().backward()
+        found.append((layer.self_attn.q_proj.weight.grad, layer.input_layernorm.weight.grad, x.grad))
+    assert (y.data_ptr() in kept) is changed
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # a tied head, and one of its own
@@ -619,7 +656,7 @@ def test_the_embedding_makes_no_gradient_of_its_own_where_one_is_there() -> None
     model = families.llama(tie_word_embeddings=False)
     embedding, fused = model.get_input_embeddings(), Fused(model)
     embedding.weight.grad = torch.full_like(embedding.weight, 2.0)
-    before, fused.adds = embedding.weight.grad, True
+    before, fused.adds = embedding.weight.grad, {}
     with fused.installed():
         embedding(torch.tensor([0, 5, 5, 7])).sum().backward()
     assert embedding.weight.grad is before
@@ -634,7 +671,7 @@ def test_a_gated_layer_of_few_rows_has_the_bits_of_its_separate_layers(rows: int
     down = torch.randn(24, inner, generator=generator)
     apart = torch.nn.functional.silu(fast_linear(x, gate)) * fast_linear(x, up)
     with torch.no_grad():
-        found = _Gated.forward(_Forgets(), x, gate, up, down, None, False)
+        found = _Gated.forward(_Forgets(), x, gate, up, down, None, None)
     assert found.equal(fast_linear(apart, down))
 
 

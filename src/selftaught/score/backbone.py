@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from selftaught.records import Section
 from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
 from selftaught.score.fused import Fused
+from selftaught.score.heap import MAPPED_FROM
 from selftaught.tensors import Packed, pack, upcast
 from selftaught.vocabulary import Head, project
 
@@ -182,11 +184,24 @@ class Backbone:
             return
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-        self._fused.adds = True
+        self._fused.adds = self._room
         try:
             yield weight.grad[: self._rows]
         finally:
-            self._fused.adds = False
+            self._fused.adds = None
+
+    @cached_property
+    def _room(self) -> Mapping[int, Tensor]:
+        """Memory for the gradients of small matrices on a CPU, by the parameter's id: one block, kept between updates.
+
+        They would stay with the process anyway, on its heap, where the first pass of an update would lay them among the
+        activations and the next would find no room: .07 GB of a 135M model's peak. Larger ones are mapped one by one.
+        """
+        small = [p for p in self.model.parameters() if p.requires_grad and p.is_cpu and p.dtype == torch.float32
+                 and p.dim() == 2 and p.numel() * p.itemsize < MAPPED_FROM]
+        block = torch.empty(sum(p.numel() for p in small))
+        pieces = block.split([p.numel() for p in small])
+        return {id(p): piece.view_as(p) for p, piece in zip(small, pieces, strict=True)}
 
     def save(self, folder: Path, base: str) -> None:
         """Write the model as `from_pretrained` reads it; where an adapter is trained, that alone, with its `base`."""

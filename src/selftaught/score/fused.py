@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -27,6 +27,8 @@ CLOSE = 1e-5  # of the largest number of a probe
 VECTORS = 32  # numbers that torch's elementwise loops take at a time
 _MADE_OF = "_made_of"  # an attribute of a norm's result
 _Source = tuple[Tensor, Tensor, Tensor] | None
+Adds = Mapping[int, Tensor] | None  # memory for gradients by the parameter's id; None: gradients are not added in place
+_Into = tuple[Tensor, Tensor | None] | None
 ROTARY = "apply_rotary_pos_emb"  # the name of the function in every model file of transformers that has one
 
 
@@ -87,14 +89,14 @@ class _Gated(torch.autograd.Function):
     """(silu(x G^T) * x U^T) D^T, keeping x, or its source, and the two products: (n, H)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, source: _Source, adds: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, source: _Source, adds: Adds) -> Tensor:
         # Turned it has the bits of separate layers only where no element is left over by a thread's vectors.
         whole = gate.shape[0] % (VECTORS * torch.get_num_threads()) == 0
         if whole and not any(ctx.needs_input_grad) and turns(x, gate, up):
             inner = silu(turned(x, gate), inplace=True).mul_(turned(x, up))
             return fast_linear(inner.t().contiguous(), down)
         gated, raised = fast_linear(x, gate), fast_linear(x, up)
-        ctx.into = (gate, up, down) if adds else (None,) * 3
+        ctx.into = tuple(_into(weight, adds) for weight in (gate, up, down))
         ctx.save_for_backward(gated, raised, gate, up, down, *_kept(x, source))
         return fast_linear(silu(gated, inplace=not any(ctx.needs_input_grad)).mul_(raised), down)
 
@@ -122,8 +124,8 @@ class _Linear(torch.autograd.Function):
     """x W^T without a bias: (n, K) to (n, M)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, source: _Source, adds: bool) -> Tensor:
-        ctx.into = weight if adds else None
+    def forward(ctx: Any, x: Tensor, weight: Tensor, source: _Source, adds: Adds) -> Tensor:
+        ctx.into = _into(weight, adds)
         ctx.save_for_backward(weight, *(_kept(x, source) if ctx.needs_input_grad[1] else ()))
         return fast_linear(x, weight)
 
@@ -136,15 +138,26 @@ class _Linear(torch.autograd.Function):
         return of_x, of_weight, None, None
 
 
-def _of_weight(grad: Tensor, x: Tensor, into: Tensor | None) -> Tensor | None:
+def _into(weight: Tensor, adds: Adds) -> _Into:
+    """Where the weight's gradient is added, and the memory for it, if there is any, while it has none."""
+    return None if adds is None else (weight, adds.get(id(weight)))
+
+
+def _of_weight(grad: Tensor, x: Tensor, into: _Into) -> Tensor | None:
     """The gradient of W in x W^T, (M, K) from (n, M) and (n, K); None where it was added to that of `into`.
 
-    `into` is the parameter itself: what a recomputed layer saved of it is a copy without a gradient.
+    `into` holds the parameter itself: what a recomputed layer saved of it is a copy without a gradient.
     """
-    if into is None or not into.is_leaf or into.grad is None or into._backward_hooks or \
-            into._post_accumulate_grad_hooks:
+    parameter, room = into or (None, None)
+    if parameter is None or not parameter.is_leaf or parameter._backward_hooks or \
+            parameter._post_accumulate_grad_hooks:
         return grad.t() @ x
-    into.grad.addmm_(grad.t(), x)
+    if parameter.grad is not None:
+        parameter.grad.addmm_(grad.t(), x)
+    elif room is not None:
+        parameter.grad = torch.mm(grad.t(), x, out=room)
+    else:
+        return grad.t() @ x
     return None
 
 
@@ -219,7 +232,7 @@ def _norm(module: nn.Module, x: Tensor, *, eps: float, offset: float) -> Tensor:
     return y
 
 
-def _gated(module: Any, x: Tensor, *, adds: bool = False) -> Tensor:
+def _gated(module: Any, x: Tensor, *, adds: Adds = None) -> Tensor:
     projections = (module.gate_proj, module.up_proj, module.down_proj)
     plain = all(type(p) is nn.Linear and p.bias is None for p in projections)
     if not fused(x) or x.dim() < 2 or not plain or projections[0].weight.dtype != x.dtype:
@@ -227,7 +240,7 @@ def _gated(module: Any, x: Tensor, *, adds: bool = False) -> Tensor:
     return _by_rows(_Gated, x, *(p.weight for p in projections), adds)
 
 
-def _linear(module: Any, x: Tensor, *, adds: bool = False) -> Tensor:
+def _linear(module: Any, x: Tensor, *, adds: Adds = None) -> Tensor:
     if not fused(x) or x.dim() < 2 or module.weight.dtype != x.dtype:
         return type(module).forward(module, x)
     product = _by_rows(_Linear, x, module.weight, adds)
@@ -266,7 +279,7 @@ class Fused:
         self._embeddings = [(module, partial(_embedded, module)) for module in own
                             if type(module) is nn.Embedding and module.max_norm is None]
         self._open = False
-        self.adds = False  # do embeddings and products add to the gradient that is there instead of making another?
+        self.adds: Adds = None  # if any, embeddings and products add to the gradient that is there, or make it in here
         known: dict[tuple[Any, ...], Callable[..., Tensor] | None] = {}
         for module in own:
             key = (type(module), frozenset(name for name, _ in module.named_parameters()), _eps(module),
@@ -287,8 +300,9 @@ class Fused:
             yield
             return
         new = self._forwards
-        if self.adds:
-            new = [(module, partial(forward, adds=True) if _multiplies(module) else forward) for module, forward in new]
+        if self.adds is not None:
+            new = [(module, partial(forward, adds=self.adds) if _multiplies(module) else forward)
+                   for module, forward in new]
             new = [*new, *self._embeddings]
         files = {sys.modules[name]: function for name, function in self._rotaries.items()}
         before = {file: vars(file)[ROTARY] for file in files}
