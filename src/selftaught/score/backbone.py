@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn import Parameter
 
 from selftaught.errors import UserError
 from selftaught.records import Section
@@ -169,16 +170,17 @@ class Backbone:
             yield
 
     @contextmanager
-    def accumulating(self) -> Iterator[Tensor | None]:
+    def accumulating(self, gathered: Callable[[Parameter], Tensor | None] | None = None) -> Iterator[Tensor | None]:
         """Micro-batches inside this block add the head's gradient in place, and on a CPU the embedding's too.
 
-        Hands out where the head's belongs, for `chunked_loss`; None where it has none (a frozen head), or where
-        gradients are gathered elsewhere (in float32, of narrower weights). Without this every micro-batch makes and
-        adds one more tensor of the vocabulary's size for each of the two.
+        Hands out where the head's belongs, in float32, for `chunked_loss`: its own, or of narrower weights what
+        `gathered` says (an optimiser's); None where there is none, as of a frozen head. Without this every micro-batch
+        makes and adds one more tensor of the vocabulary's size for each of the two.
         """
         weight = self.model.get_output_embeddings().weight
         if not weight.requires_grad or weight.dtype != upcast(weight[:0]).dtype:
-            yield None
+            wide = gathered(weight) if gathered is not None and weight.requires_grad else None
+            yield None if wide is None else wide[: self._rows]
             return
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
