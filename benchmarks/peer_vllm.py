@@ -1,12 +1,13 @@
 """One side of `rollouts.py`: vLLM, in an environment of its own. Nothing of ours is imported.
 
 Turns are asked for on standard input (`shared.serve`). The engine is as it comes, but in this process, so that its
-memory is counted here, and with room for the rows of one turn in its cache.
+memory is counted here, and with a cache that the rows of one turn fit into.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,15 +17,26 @@ from shared import serve
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # threads as OMP_NUM_THREADS says, as on every side
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def cache_gb(args: argparse.Namespace) -> int:
+    """Whole GB that hold keys and values of all rows, with a fifth for blocks that are not full."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(args.model)
+    heads = config.num_key_value_heads * (getattr(config, "head_dim", None) or
+                                          config.hidden_size // config.num_attention_heads)  # fmt: skip
+    token = 2 * config.num_hidden_layers * heads * (4 if args.dtype == "float32" else 2)
+    return math.ceil(1.2 * args.rows * args.length * token / 2**30)
 
 
 def prepare(args: argparse.Namespace) -> Callable[[Any], dict[str, Any]]:
     """The engine, ready: a function of a turn's prompts."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cache_gb(args)))  # read when the engine is made
     import vllm
 
-    engine = vllm.LLM(args.model, dtype=args.dtype, max_model_len=args.length, seed=0, enforce_eager=args.eager,
+    engine = vllm.LLM(args.model, dtype=args.dtype, max_model_len=args.length, seed=0,
                       max_num_seqs=max(args.rows, 2), disable_log_stats=True)  # fmt: skip
     # 0: of every token the log-prob of the one sampled, which is what a trainer needs
     setting = vllm.SamplingParams(n=args.group, temperature=1.0, top_p=1.0, top_k=0, max_tokens=args.tokens,
@@ -48,7 +60,6 @@ def main() -> None:
     parser.add_argument("--group", type=int, required=True)
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--length", type=int, required=True, help="of prompt and response together")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     args = parser.parse_args()
     serve(lambda: prepare(args))
 

@@ -13,7 +13,8 @@ ours      TransformersEngine on the training weights; a prompt is computed once 
 generate  `model.generate`, all rows as one batch: a prompt is computed once for every row
 batching  `model.generate_batch`, num_return_sequences = group, its manager kept between turns, the cache as large as
           the rows need
-vllm      `LLM.generate`, n = group, in the environment of --vllm-python; the cache 1 GB or VLLM_CPU_KVCACHE_SPACE
+vllm      `LLM.generate`, n = group, in the environment of --vllm-python; the cache in whole GB, or by
+          VLLM_CPU_KVCACHE_SPACE
 """
 
 from __future__ import annotations

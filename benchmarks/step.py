@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import sys
@@ -152,7 +151,6 @@ def ours(given: Mapping[str, Any]) -> dict[str, Any]:
         "steps_s": [round(b - a, 3) for a, b in itertools.pairwise(ends)],
         **{f"{part}_s": [round(row[f"time/{part}"], 3) for row in steps] for part in ("sample", "score", "update")},
         "peak_gb": peak_gb(),
-        "workers_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9, 3),  # the largest one
         "mean_new_tokens": [row["completions/mean_length"] for row in steps],
         "threads": torch.get_num_threads(),
         "versions": {"selftaught": selftaught.__version__, "torch": torch.__version__},
