@@ -6,17 +6,22 @@ import json
 import math
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 import growth
 import head_peers
+import layout
 import methods
+import rollouts
 import shared
 import step
-from peer_trl import Sizes
+from peer_trl import Sizes, drawn
 from selftaught.methods import names
 from selftaught.run import load_run
 from selftaught.tensors import split_by_budget, split_padded
@@ -26,14 +31,6 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 COMMANDS = ("head.py", "head_peers.py", "layout.py", "step.py", "rollouts.py", "growth.py", "methods.py")
 
 
-def run(script: str, *words: Any) -> str:
-    """What a benchmark prints; its failure is the test's."""
-    done = subprocess.run([sys.executable, str(BENCHMARKS / script), *map(str, words)], capture_output=True, text=True,
-                          check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
@@ -41,7 +38,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_each_benchmark_says_how_it_is_called(script: str) -> None:
-    assert f"python benchmarks/{script}" in run(script, "--help")
+    command = [sys.executable, str(BENCHMARKS / script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"python benchmarks/{script}" in done.stdout
 
 
 def test_the_page_lists_every_benchmark() -> None:
@@ -71,13 +70,13 @@ def cuts(given: dict[str, Any], contexts: list[list[tuple[int, ...]]], sizes: Si
 
 
 @pytest.mark.parametrize("sizes", [Sizes(), Sizes(3, 2, 20, 30), Sizes(2, 8, 512, 8)])
-@pytest.mark.parametrize("layout", ["auto", "plain"])
+@pytest.mark.parametrize("rows", ["auto", "plain"])
 @pytest.mark.parametrize("method", ["grpo", "sdpo"])
-def test_a_micro_batch_holds_as_many_rollouts_on_our_side(method: str, layout: str, sizes: Sizes) -> None:
+def test_a_micro_batch_holds_as_many_rollouts_on_our_side(method: str, rows: str, sizes: Sizes) -> None:
     prompts, _ = batch(sizes)
     contexts = [prompts] if method == "grpo" else [prompts, demonstrated(prompts, sizes)]
     for micro_batch in (1, sizes.generations, sizes.rollouts):
-        given = step.recipe(method, "model", "prompts.jsonl", sizes, micro_batch, 4, "out", layout)
+        given = step.recipe(method, "model", "prompts.jsonl", sizes, micro_batch, 4, "out", rows)
         assert cuts(given, contexts, sizes) == {micro_batch}
 
 
@@ -160,27 +159,65 @@ def test_update_is_what_a_step_does_but_sampling(monkeypatch: pytest.MonkeyPatch
 # Each whole, on a tiny model.
 
 
-def test_rollouts_runs(model: Path, tmp_path: Path) -> None:
-    said = run("rollouts.py", "--model", model, "--rows", 4, "--group", 2, "--prompt", 9, "--tokens", 5, 3, "--runs", 1,
-               "--threads", 1, "--out", tmp_path / "out.json")
-    rows = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert [(row["side"], row["tokens"]) for row in rows] == [
-        (side, tokens) for tokens in (5, 3) for side in ("ours", "generate", "batching")]
-    assert all(row["median_s"] > 0 and len(row["seconds"]) == 1 and row["peak_gb"] > 0 for row in rows), said
+@pytest.fixture
+def benchmark(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a benchmark's command in this process, what it measures in others; returns what it wrote."""
+
+    def command(module: ModuleType, *words: Any) -> Any:
+        out = tmp_path / "out.json"
+        given = [module.__name__, "--model", model, *words, "--out", out]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in given])
+        module.main()
+        return json.loads(out.read_text())
+
+    return command
 
 
-def test_growth_runs(model: Path, tmp_path: Path) -> None:
-    said = run("growth.py", "--model", model, "--axes", "group", "vocabulary", "--response", 4, "--prompt", 24,
-               "--group", 2, 4, "--vocabulary", 300, "--steps", 1, "--threads", 1, "--out", tmp_path / "out.json")
-    found = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert [point["generations"] for point in found["group"]["points"]] == [2, 4]
-    assert all(point[cost] > 0 for axis in found.values() for point in axis["points"] for cost in growth.COSTS), said
-    assert found["group"]["slopes"]["update_s"][0] is not None and found["vocabulary"]["slopes"]["update_s"][0] is None
+def test_rollouts_runs(benchmark: Callable[..., Any]) -> None:
+    rows = benchmark(rollouts, "--rows", 4, "--group", 2, "--prompt", 9, "--tokens", 5, "--runs", 2, "--threads", 1)
+    assert [row.get("error") or row["side"] for row in rows["results"]] == ["ours", "generate", "batching"]
+    assert all(row["median_s"] > 0 and len(row["seconds"]) == 2 and row["peak_gb"] > 0 for row in rows["results"])
 
 
-def test_step_runs_in_both_layouts_with_drawn_lengths(model: Path, tmp_path: Path) -> None:
-    said = run("step.py", "--model", model, "--sides", "ours", "plain", "--lengths", "drawn", "--sizes", 2, 2, 24, 16,
-               "--steps", 2, "--micro-batch", 2, "--threads", 1, "--out", tmp_path / "out.json")
-    results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert all("error" not in results[side]["2"] for side in ("ours", "plain")), said
-    assert results["ours"]["2"]["mean_new_tokens"] == results["plain"]["2"]["mean_new_tokens"]
+def test_a_side_that_did_other_work_is_an_error(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short:
+        error = ""
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def turn(self, prompts: list[list[int]]) -> dict[str, Any]:
+            assert [len(ids) for ids in prompts] == [9, 9]
+            return {"lengths": [5, 5, 5, 4], "seconds": 1.0, "peak_gb": 1.0}
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(rollouts, "Side", Short)
+    args = Namespace(dtype="float32", group=2, sides=["ours"], threads=1, runs=1, vocabulary=10, vllm_python=None)
+    assert rollouts.case(args, tmp_path, 4, 9, 5) == {"ours": {"error": "wrote 19 tokens in 4 rows"}}
+
+
+def test_growth_runs(benchmark: Callable[..., Any]) -> None:
+    found = benchmark(growth, "--axes", "group", "vocabulary", "--response", 4, "--prompt", 24, "--group", 2,
+                      "--vocabulary", 300, "--steps", 1, "--threads", 1)["results"]
+    points = [point for axis in found.values() for point in axis["points"]]
+    assert [point.get("error") or (point["axis"], point["size"]) for point in points] == [("group", 2),
+                                                                                          ("vocabulary", 300)]
+    assert all(point[cost] > 0 for point in points for cost in growth.COSTS)
+
+
+def test_step_runs_in_the_plain_layout_with_drawn_lengths(benchmark: Callable[..., Any]) -> None:
+    found = benchmark(step, "--sides", "plain", "--lengths", "drawn", "--sizes", 2, 2, 24, 16, "--steps", 2,
+                      "--micro-batch", 2, "--threads", 1)["results"]["plain"]["2"]
+    assert found.get("error") is None
+    assert found["mean_new_tokens"] == [sum(drawn(number, Sizes(2, 2, 24, 16))) / 4 for number in range(2)]
+
+
+def test_layout_runs(benchmark: Callable[..., Any]) -> None:
+    found = benchmark(layout, "--prompts", 2, "--group", 2, "--prompt-tokens", 9, "--new-tokens", 5, "--runs", 1)
+    assert all(side["median_s"] > 0 for work in ("score", "backward") for side in found["results"][work].values())
+
+
+def test_an_update_of_a_method_is_measured(model: Path, tmp_path: Path) -> None:
+    shared.write_prompts(model, tmp_path / "prompts.jsonl")
+    found = methods.updates("gspo", str(model), str(tmp_path / "prompts.jsonl"), 4, 1)
+    assert len(found["seconds"]) == 1 and 0 < found["tokens"] <= 64
