@@ -1,4 +1,4 @@
-"""One side of `rollouts.py`: vLLM, in an environment of its own. Nothing of ours is imported.
+"""One side of `rollouts.py`: vLLM, in an environment of its own. Nothing of selftaught is imported.
 
 Turns are asked for on standard input (`shared.serve`). The engine is as it comes, but in this process, so that its
 memory is counted here, and with a cache that the rows of one turn fit into.
