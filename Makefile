@@ -4,14 +4,13 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help venv train test lint mutants bench clean
 
+BENCH ?= step
 PYTHON ?= python3
 TORCH ?= 2.13.0
 TORCH_INDEX ?=
 RECIPE ?= quickstart
 ARGS ?=
-BENCH ?= step
 PEER_PYTHON ?= .peer/bin/python
-VLLM_PYTHON ?=
 
 bin := .venv/bin
 pip := $(bin)/python -m pip --disable-pip-version-check -q
@@ -25,7 +24,8 @@ help:
 	@echo 'make venv      set up alone: .venv with everything; instant when nothing changed   (PYTHON=python3.12, TORCH_INDEX=URL)'
 	@echo 'make lint      linter, type checker and layer contracts'
 	@echo 'make mutants   plant small faults in the source and see that the tests catch each one'
-	@echo 'make bench     time and memory of one step beside a peer   (PEER_PYTHON=path/to/python, BENCH=rollouts and others: benchmarks/README.md)'
+	@echo 'make bench BENCH=NAME   any benchmark of benchmarks/README.md   (ARGS="...", VLLM_PYTHON=path/to/python for rollouts)'
+	@echo 'make bench     time and memory of one step beside a peer   (PEER_PYTHON=path/to/python)'
 	@echo 'make clean     remove .venv and caches; runs stay'
 
 venv: .venv/.stamp
@@ -62,6 +62,7 @@ mutants: venv
 	@$(bin)/python tests/mutants.py $(ARGS)
 
 # What a benchmark needs of other environments.
+VLLM_PYTHON ?= $(wildcard .vllm/bin/python)
 peer_step = --peer-python $(PEER_PYTHON)
 peer_rollouts = $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 

@@ -1,8 +1,8 @@
 """One side of `step.py`: TRL's GRPO or SDPO trainer, in its own environment (trl 1.16.0).
 
 Run by step.py; alone: python benchmarks/peer_trl.py --model FOLDER --prompts FILE.jsonl --micro-batch 4
-Nothing of selftaught is imported. The last line printed is JSON: seconds of each step (the first is warm-up), of its calls of
-the sampler, and peak memory.
+Nothing of selftaught is imported. The last line printed is JSON: seconds of each step (the first is warm-up), of its
+calls of the sampler, and peak memory.
 Left at TRL's own defaults: everything that is not in `settings`, such as its loss and its optimiser (AdamW).
 """
 
