@@ -28,7 +28,8 @@ from selftaught.tensors import split_by_budget, split_padded
 from tiny import save_tiny
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-COMMANDS = ("head.py", "head_peers.py", "layout.py", "step.py", "rollouts.py", "growth.py", "methods.py")
+HELPERS = {"shared.py", "peer_trl.py", "peer_vllm.py"}
+COMMANDS = sorted({path.name for path in BENCHMARKS.glob("*.py")} - HELPERS)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,19 @@ def test_update_is_what_a_step_does_but_sampling(monkeypatch: pytest.MonkeyPatch
     result = step.run([], 1, [8, 8, 8])
     assert (result["median_s"], result["median_sample_s"], result["median_update_s"]) == (4.0, 1.5, 2.5)
     assert "error" in step.run([], 1, [8, 8, 7])
+
+
+def test_ratios_are_to_the_first_side() -> None:
+    def side(seconds: float, update: float) -> dict[str, Any]:
+        return {"median_s": seconds, "median_sample_s": 1.0, "median_update_s": update, "peak_gb": 2.0}
+
+    lines = step.table({"ours": {"4": side(4.0, 3.0), "8": side(2.0, 1.0)},
+                        "trl": {"4": side(6.0, 6.0), "8": {"error": "out of memory"}}}).splitlines()
+    assert [[cell.strip() for cell in line.split("|")] for line in lines[1:4]] == [
+        ["4", "ours", "4.00", "1.00", "1.00", "3.00", "1.00", "2.00"],
+        ["4", "trl", "6.00", "1.50", "1.00", "6.00", "2.00", "2.00"],
+        ["8", "ours", "2.00", "1.00", "1.00", "1.00", "1.00", "2.00"]]
+    assert "out of memory" in lines[4] and "3.00 times" in lines[5]
 
 
 # Each whole, on a tiny model.
