@@ -21,6 +21,7 @@ from selftaught.records import Section
 from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
 from selftaught.score.fused import Fused
+from selftaught.score.turned import TurnedLayers
 from selftaught.tensors import Packed, pack, upcast
 from selftaught.vocabulary import Head, project
 
@@ -60,6 +61,7 @@ class Backbone:
         self._head = names[id(embeddings.weight)], None if bias is None else names[id(bias)]
         self._scale, self._softcap = _logit_transform(self.config)
         self._fused = Fused(model)
+        self._turned = TurnedLayers(model, self._fused)
         self._frozen = 0  # how many `frozen` blocks are open
         self._upcast: Head | None = None  # the head in float32, until the last of them closes
         recurrent = "cache_params" in inspect.signature(self._base.forward).parameters  # as Mamba calls its state
@@ -165,9 +167,12 @@ class Backbone:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """`frozen`, with the fused layers in place once for many steps."""
+        """`frozen`, with the fused modules and the turned layers in place once for many steps."""
         with self.frozen(), self._fused.installed():
-            yield
+            with self._attention(NAME):
+                self._turned.prepare()
+            with self._turned.installed():
+                yield
 
     @contextmanager
     def accumulating(self, gathered: Callable[[Parameter], Tensor | None] | None = None) -> Iterator[Tensor | None]:
