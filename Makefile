@@ -4,6 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help venv train test lint mutants bench clean
 
+BENCH ?= step
 PYTHON ?= python3
 TORCH ?= 2.13.0
 TORCH_INDEX ?=
@@ -23,6 +24,7 @@ help:
 	@echo 'make venv      set up alone: .venv with everything; instant when nothing changed   (PYTHON=python3.12, TORCH_INDEX=URL)'
 	@echo 'make lint      linter, type checker and layer contracts'
 	@echo 'make mutants   plant small faults in the source and see that the tests catch each one'
+	@echo 'make bench BENCH=NAME   any benchmark of benchmarks/README.md   (ARGS="...", VLLM_PYTHON=path/to/python for rollouts)'
 	@echo 'make bench     time and memory of one step beside a peer   (PEER_PYTHON=path/to/python)'
 	@echo 'make clean     remove .venv and caches; runs stay'
 
@@ -59,9 +61,15 @@ lint: venv
 mutants: venv
 	@$(bin)/python tests/mutants.py $(ARGS)
 
+# What a benchmark needs of other environments.
+VLLM_PYTHON ?= $(wildcard .vllm/bin/python)
+peer_step = --peer-python $(PEER_PYTHON)
+peer_rollouts = $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
+
 bench: venv
-	@test -x $(PEER_PYTHON) || { echo 'The peer needs an environment of its own with trl==1.16.0: make one and give PEER_PYTHON=path/to/python.'; exit 1; }
-	@$(bin)/python benchmarks/step.py --peer-python $(PEER_PYTHON) --out step.json $(ARGS)
+	@test -f benchmarks/$(BENCH).py || { echo 'There is no benchmark $(BENCH): see benchmarks/README.md.'; exit 1; }
+	@test $(BENCH) != step || test -x $(PEER_PYTHON) || { echo 'The peer needs an environment of its own with trl==1.16.0: make one and give PEER_PYTHON=path/to/python.'; exit 1; }
+	@$(bin)/python benchmarks/$(BENCH).py $(peer_$(BENCH)) --out $(BENCH).json $(ARGS)
 
 clean:
 	@rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info

@@ -314,7 +314,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 cells = [_cell(row.get(key), width, kind) for key, width, kind in (
                     ("batch_mean", 12, ".2e"), ("batch_max", 7, ".1e"), ("probe_mean", 12, ".2e"),
                     ("probe_max", 7, ".1e"), ("probe_kl", 9, ".1e"), ("moved", 6, ".3f"), ("apart", 6, ".3f"),
-                    ("apart_master", 8, ".3f"), ("loss", 10, ".5f"))]
+                    ("apart_master", 8, ".3f"), ("loss", 10, ".3e"))]
                 lines.append(f"{number:8} | {arm:10} | {cells[0]} {cells[1]} | {cells[2]} {cells[3]} | "
                              + " | ".join(cells[4:]))
     lines.append("\narm        | s per step | of float32 | peak GB | of float32")

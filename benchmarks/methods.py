@@ -15,9 +15,7 @@ import argparse
 import importlib
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,24 +24,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import step as one_step
+from peer_trl import Sizes
+from shared import child, peak_gb, write_model, write_prompts
 
 HERE = Path(__file__).resolve().parent
 EVERY = 3  # methods between two runs of grpo
 DEMONSTRATED = ("sdpo", "demopsd")
 
 
-def recipe(method: str, model: str, prompts: str, new_tokens: int) -> dict[str, Any]:
-    """The step benchmark's setting with `method`, and what it needs."""
+def recipe(method: str, model: str, prompts: str, sizes: Sizes, steps: int = 10) -> dict[str, Any]:
+    """The step benchmark's setting with `method`, and what it needs, in micro-batches of one group."""
     from selftaught.methods import build
 
-    run = one_step.recipe(model, prompts, one_step.GENERATIONS, 10, "unused")
+    run = one_step.recipe("grpo", model, prompts, sizes, sizes.generations, steps, "unused")
     kind = {"kind": "demonstration", "threshold": 0.0} if method in DEMONSTRATED else {"kind": "answer"}
     run |= {"method": method, "privilege": kind}
     if any(view.weights == "external" for view in build(method).views.values()):
         run["teacher"] = model
-    run["rollout"]["max_completion_length"] = new_tokens
     if method == "dr_grpo":
-        run["loss"] = {"reduction": "constant", "length": new_tokens}
+        run["loss"] = {"reduction": "constant", "length": sizes.new_tokens}
     return run
 
 
@@ -56,7 +55,7 @@ def updates(method: str, model: str, prompts: str, new_tokens: int, count: int) 
     from selftaught.run import load_run
 
     update = importlib.import_module("selftaught.train").update
-    ground = lay_ground(load_run(recipe(method, model, prompts, new_tokens)), lambda line: None)
+    ground = lay_ground(load_run(recipe(method, model, prompts, Sizes(new_tokens=new_tokens))), lambda line: None)
     try:
         parts = assemble(ground)
         drawn = draw(parts, 0)
@@ -75,22 +74,17 @@ def updates(method: str, model: str, prompts: str, new_tokens: int, count: int) 
         if ground.rewarder is not None:
             ground.rewarder.close()
     return {"seconds": [round(s, 3) for s in seconds[1:]],
-            "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+            "peak_gb": peak_gb(),
             "tokens": sum(len(r.token_ids) for r in rollouts), "threads": torch.get_num_threads()}  # fmt: skip
 
 
-def child(method: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+def measured(method: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """`updates` in a process of its own."""
     given = {"--one": method, "--model": work / "model", "--prompts": work / "prompts.jsonl",
              "--new-tokens": args.new_tokens, "--updates": args.updates}  # fmt: skip
-    command = [sys.executable, str(HERE / "methods.py"), *(str(word) for pair in given.items() for word in pair)]
-    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-           "THP_MEM_ALLOC_ENABLE": "1"}  # as the command line has it
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return {**result, "median_s": statistics.median(result["seconds"])}
+    result = child([sys.executable, str(HERE / "methods.py"), *(str(word) for pair in given.items() for word in pair)],
+                   args.threads)  # fmt: skip
+    return result if "error" in result else {**result, "median_s": statistics.median(result["seconds"])}
 
 
 def main() -> None:
@@ -100,7 +94,7 @@ def main() -> None:
     parser.add_argument("--model", default="quickstart", help="a folder, a Hub name or a shipped name")
     parser.add_argument("--methods", nargs="+", default=[name for name in names() if name != "grpo"])
     parser.add_argument("--updates", type=int, default=2)
-    parser.add_argument("--new-tokens", type=int, default=one_step.NEW_TOKENS)
+    parser.add_argument("--new-tokens", type=int, default=Sizes().new_tokens)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", default="methods.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # this method, in this process
@@ -114,11 +108,11 @@ def main() -> None:
     print("method  |      s |  ratio |  peak GB | ratio")
     with tempfile.TemporaryDirectory(prefix="selftaught-bench-") as folder:
         work = Path(folder)
-        one_step.write_model(args.model, work / "model")
-        one_step.write_prompts(work / "model", work / "prompts.jsonl")
+        write_model(args.model, work / "model")
+        write_prompts(work / "model", work / "prompts.jsonl")
         for index, method in enumerate(args.methods):
             for each in ["grpo", method] if index % EVERY == 0 else [method]:
-                found = child(each, args, work)
+                found = measured(each, args, work)
                 base = found if each == "grpo" else base
                 if "error" not in found and "error" not in base:
                     found["time_ratio"] = round(found["median_s"] / base["median_s"], 2)

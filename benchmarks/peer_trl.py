@@ -1,7 +1,8 @@
-"""One side of `step.py`: TRL's GRPO or SDPO trainer, in its own environment (trl 1.16.0), at a fixed setting.
+"""One side of `step.py`: TRL's GRPO or SDPO trainer, in its own environment (trl 1.16.0).
 
 Run by step.py; alone: python benchmarks/peer_trl.py --model FOLDER --prompts FILE.jsonl --micro-batch 4
-Nothing of ours is imported. The last line printed is JSON: seconds of each step (the first is warm-up) and peak memory.
+Nothing of selftaught is imported. The last line printed is JSON: seconds of each step (the first is warm-up), of its
+calls of the sampler, and peak memory.
 Left at TRL's own defaults: everything that is not in `settings`, such as its loss and its optimiser (AdamW).
 """
 
@@ -12,14 +13,27 @@ import itertools
 import json
 import os
 import random
-import resource
 import tempfile
 import time
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
+
+from shared import peak_gb
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-PROMPTS, GENERATIONS, NEW_TOKENS = 4, 4, 64  # as in step.py, which takes `drawn` from here
+
+
+class Sizes(NamedTuple):
+    """Of a step, on both sides."""
+
+    prompts: int = 4
+    generations: int = 4
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+
+    @property
+    def rollouts(self) -> int:
+        return self.prompts * self.generations
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
@@ -41,12 +55,12 @@ SDPO = {
 }
 
 
-def drawn(step: int) -> list[int]:
-    """Lengths of a step's rollouts, 8 to 64 tokens, the last one an end token."""
-    return random.Random(step).choices(range(8, NEW_TOKENS + 1), k=PROMPTS * GENERATIONS)
+def drawn(step: int, sizes: Sizes) -> list[int]:
+    """Lengths of a step's rollouts, from an eighth of the longest, the last token an end token."""
+    return random.Random(step).choices(range(max(1, sizes.new_tokens // 8), sizes.new_tokens + 1), k=sizes.rollouts)
 
 
-def end_rows(model: Any, end: int) -> None:
+def end_rows(model: Any, end: int, sizes: Sizes) -> None:
     """Let every row of the next `generate` calls end at its drawn length, by token `end`, and not before."""
     from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -67,21 +81,21 @@ def end_rows(model: Any, end: int) -> None:
 
     def ended(**given: Any) -> Any:
         width = given["input_ids"].shape[1]
-        return generate(**given, logits_processor=LogitsProcessorList([Ends(width, drawn(next(calls)))]))
+        return generate(**given, logits_processor=LogitsProcessorList([Ends(width, drawn(next(calls), sizes))]))
 
     model.generate = ended
 
 
-def settings(micro_batch: int, steps: int, output: str, lengths: str) -> dict[str, Any]:
-    """One optimiser step of 4 prompts x 4 rollouts x up to 64 new tokens, in micro-batches of `micro_batch`."""
+def settings(sizes: Sizes, micro_batch: int, steps: int, output: str, lengths: str) -> dict[str, Any]:
+    """One optimiser step of a rollout batch, in micro-batches of `micro_batch`."""
     return {
         "output_dir": output,
         "max_steps": steps,
         "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": PROMPTS * GENERATIONS // micro_batch,  # all 16 are sampled at once
-        "num_generations": GENERATIONS,
-        "max_completion_length": NEW_TOKENS,
-        "generation_kwargs": {"min_new_tokens": NEW_TOKENS} if lengths == "all" else {},
+        "gradient_accumulation_steps": sizes.rollouts // micro_batch,  # all are sampled at once
+        "num_generations": sizes.generations,
+        "max_completion_length": sizes.new_tokens,
+        "generation_kwargs": {"min_new_tokens": sizes.new_tokens} if lengths == "all" else {},
         "temperature": 1.0,
         "beta": 0.0,
         "learning_rate": 1e-6,
@@ -105,7 +119,9 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--lengths", default="all", choices=["all", "drawn"])
+    parser.add_argument("--sizes", type=int, nargs=4, default=Sizes(), help=f"of a step: {', '.join(Sizes._fields)}")
     args = parser.parse_args()
+    sizes = Sizes(*args.sizes)
 
     import torch
     import trl
@@ -117,18 +133,31 @@ def main() -> None:
 
         def __init__(self) -> None:
             self.last, self.seconds = time.monotonic(), list[float]()
+            self.sampling, self.sampled = 0.0, list[float]()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             now = time.monotonic()
             self.seconds.append(now - self.last)
-            self.last = now
+            self.sampled.append(self.sampling)
+            self.last, self.sampling = now, 0.0
+
+        def around(self, generate: Any) -> Any:
+            """`generate`, its seconds counted as the step's sampling."""
+
+            def timed(*given: Any, **named: Any) -> Any:
+                began = time.monotonic()
+                out = generate(*given, **named)
+                self.sampling += time.monotonic() - began
+                return out
+
+            return timed
 
     with open(args.prompts, encoding="utf-8") as file:
         rows = [{"prompt": json.loads(line)["prompt"]} for line in file]
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     clock = Clock()
     with tempfile.TemporaryDirectory() as output:
-        given = settings(args.micro_batch, args.steps, output, args.lengths)
+        given = settings(sizes, args.micro_batch, args.steps, output, args.lengths)
         if args.method == "grpo":
             trainer_class, config, reward_function = trl.GRPOTrainer, trl.GRPOConfig(**given), reward
         else:
@@ -137,7 +166,7 @@ def main() -> None:
             trainer_class, config, reward_function = SDPOTrainer, SDPOConfig(**given, **SDPO), succeed
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         if args.lengths == "drawn":
-            end_rows(model, tokenizer.eos_token_id)
+            end_rows(model, tokenizer.eos_token_id, sizes)
         trainer = trainer_class(
             model=model,
             reward_funcs=reward_function,
@@ -146,12 +175,14 @@ def main() -> None:
             processing_class=tokenizer,
             callbacks=[clock],
         )
+        trainer._generate = clock.around(trainer._generate)
         clock.last = time.monotonic()
         trainer.train()
     lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
     result = {
         "steps_s": [round(s, 3) for s in clock.seconds],
-        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+        "sample_s": [round(s, 3) for s in clock.sampled],
+        "peak_gb": peak_gb(),
         "mean_new_tokens": lengths,
         "threads": torch.get_num_threads(),
         "versions": {"trl": trl.__version__, "torch": torch.__version__},

@@ -67,6 +67,7 @@ RECIPES = {
     "data that no disk can have": (f"data.source={'x' * 300}.jsonl", "cannot be looked at"),
     "wrong type of a section": ("rollout=3", "rollout = 3: it should be a mapping"),
     "out of range": ("optim.learning_rate=-1", "optim.learning_rate = -1: it should be greater than 0"),
+    "nothing to round": ("optim.master=stochastic", "optim.master = stochastic: the weights are trained in float32"),
     "unknown choice": ("optim.schedule=cosin", "it should be 'constant', 'cosine' or 'linear'"),
     "unknown method": ("method=grpoo", "unknown method 'grpoo'; did you mean 'grpo'?"),
     "unknown field of a method": ("method={name: rlsd, epsw: 1}", "no field 'epsw'; did you mean 'eps_w'?"),

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import families
-from selftaught.records import Problem, Prompt, Request, Sampling
+from selftaught.loss import chunked_loss
+from selftaught.optim import OptimConfig, Optimizer
+from selftaught.records import Problem, Prompt, Request, Sampling, TokenLoss
 from selftaught.rollout import TransformersEngine
 from selftaught.rollout.cache import DecodeCache
 from selftaught.score import Backbone
@@ -107,3 +109,29 @@ def test_the_head_of_a_bfloat16_model_is_float32_on_what_it_is_given() -> None:
     assert (found.double() - exact).abs().max() < 1e-5
     rounded = logits.bfloat16().double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     assert (rounded - exact).abs().max() > 1e-2  # what logits in bfloat16 would cost
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("master", ["float32", "stochastic"])
+def test_the_heads_gradient_is_added_where_the_optimiser_gathers_it_unrounded(tied: bool, master: str) -> None:
+    found = []
+    for in_place in (False, True):
+        model = families.llama(tie_word_embeddings=tied).bfloat16()
+        backbone = Backbone(model)
+        optimizer = Optimizer(model.named_parameters(), OptimConfig(dtype="bfloat16", master=master, steps=1))
+        head = model.get_output_embeddings().weight
+        with backbone.accumulating(optimizer.gathered if in_place else None) as head_grad:
+            assert (head_grad is not None) is in_place
+            for _ in range(2):
+                n = sum(len(response) for _, response in PACKED.rows)
+                reduced = chunked_loss(
+                    lambda student, views, credit: TokenLoss(-student.at_sampled, {}),
+                    {"student": backbone.hidden(PACKED)}, {"student": backbone.head()},
+                    torch.tensor([t for _, response in PACKED.rows for t in response]), {}, torch.ones(n) / n,
+                    head_grad=head_grad)
+                reduced.loss.backward()
+        gradient = optimizer.gathered(head)
+        assert gradient is not None and gradient.dtype == torch.float32 and head.grad is None
+        found.append(gradient)
+    rounded, exact = found
+    assert 0 < (exact - rounded).norm() / exact.norm() < 4e-3  # a rounding to bfloat16 less

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from own import make_home, recipe_of
+from selftaught.assemble import assemble, lay_ground
 from selftaught.errors import UserError
+from selftaught.forecast import forecast
 from selftaught.optim import OptimConfig, Optimizer, rounding
 from selftaught.optim.rounding import generator, rounded_at_random
+from selftaught.run import load_run
 
 CPU = torch.device("cpu")
 STANDARD_ERRORS = 5
@@ -173,5 +178,20 @@ def test_master_copies_and_random_rounding_do_not_load_each_others_state() -> No
 
 @pytest.mark.parametrize("fields", [{"dtype": "float32"}, {"lora": 4}])
 def test_nothing_to_round_is_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(ValidationError, match="trained in float32, so nothing would be rounded; leave it out"):
+    with pytest.raises(ValidationError, match="trained in float32: nothing would be rounded; leave it out"):
         config(**fields)
+
+
+@pytest.mark.parametrize(("master", "size"), [("float32", 12), ("stochastic", 8)])
+def test_the_forecast_counts_what_the_optimiser_keeps(tmp_path: Path, master: str, size: int) -> None:
+    tree = recipe_of(make_home(tmp_path), optim={"steps": 1, "dtype": "bfloat16", "master": master})
+    ground = lay_ground(load_run(tree), lambda line: None)
+    assert ground.rewarder is not None
+    ground.rewarder.close()
+    optimizer = assemble(ground).optimizer
+    for parameter in optimizer._parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(0)
+    told, kept = forecast(ground), optimizer.state_tensors()
+    assert told.bytes["optimiser"] == size * told.parameters == sum(
+        t.numel() * t.element_size() for name, t in kept.items() if not name.startswith("step/"))

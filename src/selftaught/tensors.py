@@ -101,6 +101,16 @@ def turned(x: Tensor, weight: Tensor) -> Tensor:
     return _onednn(weight, x)
 
 
+def turned_swish(x: Tensor, weight: Tensor) -> Tensor:
+    """silu(W x^T), as `turned`."""
+    return torch.ops.mkldnn._linear_pointwise.default(weight, x, None, "swish", [], "")
+
+
+def turned_with(how: str, other: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`other` (M, rows) + or * W x^T, by `how`: "add" or "mul"."""
+    return torch.ops.mkldnn._linear_pointwise.binary(weight, other, x, None, how)
+
+
 def _for_onednn(x: Tensor, weight: Tensor) -> bool:
     if not (x.is_cpu and x.dtype == weight.dtype == torch.float32 and _has_onednn() and x.numel()):
         return False

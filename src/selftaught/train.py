@@ -170,7 +170,7 @@ def update(session: Session, batch: Batch, logp: Mapping[str, Tensor]) -> dict[s
         method, batch.tokens, logp, reduction=run.loss.reduction, length=run.loss.length,
         sampler_cap=run.loss.sampler_cap)
     loss, found = 0.0, []
-    with parts.backbone.accumulating() as head_grad:
+    with parts.backbone.accumulating(parts.optimizer.gathered) as head_grad:
         for micro in scorer.split(batch):
             rows = micro.tokens
             reduced = chunked_loss(

@@ -22,7 +22,8 @@ class LossConfig(Section):
     length: int | None = Field(None, description="the divisor per rollout of `constant`", gt=0)
     sampler_cap: float | None = Field(None, gt=0, description="cap of the correction for the sampler's log-probs; "
                                       "null: none (the built-in engine samples on the training weights)")
-    chunk: int | None = Field(None, gt=0, description="tokens per chunk of the vocabulary head; null: by V and H")
+    chunk: int | None = Field(None, gt=0, description="tokens per chunk of the vocabulary head; null: by V and the "
+                              "device")
 
 
 def token_weights(reduction: str, counted_N: Tensor, sequence_ids_N: Tensor, *, length: int | None = None,

@@ -76,7 +76,7 @@ class OptimConfig(Section):
     def _something_is_rounded(self) -> OptimConfig:
         if self.master == "stochastic" and (self.dtype == "float32" or self.lora is not None):
             trained = "the adapters" if self.lora is not None else "the weights"
-            raise ValueError(f"master = stochastic: {trained} are trained in float32, so nothing would be rounded; "
+            raise ValueError(f"optim.master = stochastic: {trained} are trained in float32: nothing would be rounded; "
                              "leave it out" + ("" if self.lora is not None else ", or set optim.dtype=bfloat16"))
         return self
 

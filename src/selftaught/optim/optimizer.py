@@ -114,6 +114,15 @@ class Optimizer:
                 self._adamw.state[parameter] = dict(
                     zip(_MOMENTS, (torch.zeros(()), first.zero_(), second.zero_()), strict=True))
 
+    def gathered(self, parameter: Parameter) -> Tensor | None:
+        """Where the gradients of a narrower parameter are summed in float32; None of one that gathers its own."""
+        for name, wide in self._narrow():
+            if self._parameters[name] is parameter:
+                if wide.grad is None:
+                    wide.grad = torch.zeros(wide.shape, device=wide.device)
+                return wide.grad
+        return None
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those of the master copies too."""
         self._adamw.zero_grad(set_to_none)

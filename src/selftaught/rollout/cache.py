@@ -50,19 +50,20 @@ class DecodeCache:
         """One token of every row: query (Hq, B, D), key and value (Hkv, B, D) to (B, Hq, D)."""
         (kv_heads, rows, width), repeat = key.shape, query.shape[0] // key.shape[0]
         own_k, own_v = self._append(layer, key, value)  # (Hkv B, written + 1, D)
-        prompt_k, prompt_v = (x.flatten(0, 1) for x in self._prompt[layer])  # (Hkv groups, P, D)
+        prompt_k, prompt_v = self._flat[layer]
+        prompt = prompt_k.shape[1]
         q = query.new_empty(kv_heads, rows, repeat, width)
         torch.mul(query.view(kv_heads, repeat, rows, width).transpose(1, 2), scaling, out=q)
         on_prompt = self._by_row(_scores(self._by_group(q), prompt_k.transpose(1, 2)), repeat)
         own = _scores(q.flatten(0, 1), own_k.transpose(1, 2))
         scores = torch.cat([on_prompt, own], dim=-1)  # (Hkv B, repeat, P + written + 1)
-        hidden = self._hidden(prompt_k.shape[1], window)
+        hidden = self._hidden(prompt, window)
         if hidden is not None:
             scores.view(kv_heads, rows, repeat, -1).masked_fill_(hidden, float("-inf"))
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        over_prompt, over_own = probs.split([prompt_k.shape[1], own_k.shape[1]], dim=-1)
-        back = self._by_row(torch.bmm(self._by_group(over_prompt.unflatten(0, (kv_heads, rows))), prompt_v), repeat)
-        out = torch.baddbmm(back, over_own, own_v).view(kv_heads, rows, repeat, width)
+        over_prompt = probs.view(kv_heads, rows, repeat, -1)[..., :prompt]
+        back = self._by_row(torch.bmm(self._by_group(over_prompt), prompt_v), repeat)
+        out = torch.baddbmm(back, probs[..., prompt:], own_v).view(kv_heads, rows, repeat, width)
         return out.transpose(0, 1).reshape(rows, kv_heads * repeat, width)
 
     def _by_group(self, x: Tensor) -> Tensor:
@@ -85,8 +86,8 @@ class DecodeCache:
             grow = (0, 0, 0, held_k.shape[2])
             held_k, held_v = pad(held_k, grow), pad(held_v, grow)
             self._response[layer] = held_k, held_v
-        held_k[:, :, self.written] = key
-        held_v[:, :, self.written] = value
+        held_k.select(2, self.written).copy_(key)
+        held_v.select(2, self.written).copy_(value)
         return held_k.flatten(0, 1)[:, : self.written + 1], held_v.flatten(0, 1)[:, : self.written + 1]
 
     def _hidden(self, prompt: int, window: int | None) -> Tensor | None:
@@ -122,7 +123,11 @@ class DecodeCache:
         self._index_rows()
 
     def _index_rows(self) -> None:
-        """`_slots` (groups, m): row in each slot of a group, padded with the group's first; `_place`: its inverse."""
+        """`_slots` (groups, m): row in each slot of a group, padded with the group's first; `_place`: its inverse.
+
+        And `_flat`: the prompts' keys and values as (Hkv groups, P, D).
+        """
+        self._flat = {layer: (k.flatten(0, 1), v.flatten(0, 1)) for layer, (k, v) in self._prompt.items()}
         self._whole = bool((self.lengths == next(iter(self._prompt.values()))[0].shape[2]).all())  # no prompt is padded
         groups = self.lengths.shape[0]
         counts = torch.bincount(self.row_group, minlength=groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn import Parameter
 
 from selftaught.errors import UserError
 from selftaught.records import Section
@@ -22,6 +23,7 @@ from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
 from selftaught.score.fused import Fused
 from selftaught.score.heap import MAPPED_FROM
+from selftaught.score.turned import TurnedLayers
 from selftaught.tensors import Packed, pack, upcast
 from selftaught.vocabulary import Head, project
 
@@ -61,6 +63,7 @@ class Backbone:
         self._head = names[id(embeddings.weight)], None if bias is None else names[id(bias)]
         self._scale, self._softcap = _logit_transform(self.config)
         self._fused = Fused(model)
+        self._turned = TurnedLayers(model, self._fused)
         self._frozen = 0  # how many `frozen` blocks are open
         self._upcast: Head | None = None  # the head in float32, until the last of them closes
         recurrent = "cache_params" in inspect.signature(self._base.forward).parameters  # as Mamba calls its state
@@ -166,21 +169,25 @@ class Backbone:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """`frozen`, with the fused layers in place once for many steps."""
+        """`frozen`, with the fused modules and the turned layers in place once for many steps."""
         with self.frozen(), self._fused.installed():
-            yield
+            with self._attention(NAME):
+                self._turned.prepare()
+            with self._turned.installed():
+                yield
 
     @contextmanager
-    def accumulating(self) -> Iterator[Tensor | None]:
+    def accumulating(self, gathered: Callable[[Parameter], Tensor | None] | None = None) -> Iterator[Tensor | None]:
         """Micro-batches inside this block add the head's gradient in place, and on a CPU the embedding's too.
 
-        Hands out where the head's belongs, for `chunked_loss`; None where it has none (a frozen head), or where
-        gradients are gathered elsewhere (in float32, of narrower weights). Without this every micro-batch makes and
-        adds one more tensor of the vocabulary's size for each of the two.
+        Hands out where the head's belongs, in float32, for `chunked_loss`: its own, or of narrower weights what
+        `gathered` says (an optimiser's); None where there is none, as of a frozen head. Without this every micro-batch
+        makes and adds one more tensor of the vocabulary's size for each of the two.
         """
         weight = self.model.get_output_embeddings().weight
         if not weight.requires_grad or weight.dtype != upcast(weight[:0]).dtype:
-            yield None
+            wide = gathered(weight) if gathered is not None and weight.requires_grad else None
+            yield None if wide is None else wide[: self._rows]
             return
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)

@@ -274,7 +274,7 @@ class Fused:
     def __init__(self, model: nn.Module) -> None:
         """Look at every module of `model`; nothing is changed yet."""
         own = [module for module in model.modules() if "forward" not in vars(module)]  # a patched one is left as it is
-        self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        self._forwards: list[tuple[nn.Module, partial[Tensor]]] = []
         self._rotaries: dict[str, Callable[..., Any]] = {}  # by model file, the function in place of its own
         self._embeddings = [(module, partial(_embedded, module)) for module in own
                             if type(module) is nn.Embedding and module.max_norm is None]
@@ -292,6 +292,11 @@ class Fused:
             file = sys.modules[type(module).__module__]
             if ROTARY in vars(file) and file.__name__ not in self._rotaries and _turns_halves(vars(file)[ROTARY]):
                 self._rotaries[file.__name__] = partial(_rotary, vars(file)[ROTARY])
+
+    def known_norm(self, module: nn.Module) -> dict[str, float]:
+        """`eps` and `offset` of an RMS norm that is fused; KeyError of any other module."""
+        forms: dict[nn.Module, Any] = {other: form for other, form in self._forwards if form.func is _norm}
+        return dict(forms[module].keywords)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -337,7 +342,7 @@ def _form_of(module: nn.Module) -> Callable[..., Tensor] | None:
     forms: list[Callable[..., Tensor]] = []
     if names == {"weight"} and "RMSNorm" in type(module).__name__ and isinstance(_eps(module), float):
         forms = [partial(_norm, eps=_eps(module), offset=offset) for offset in (0.0, 1.0)]
-    elif names == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"} and _is_silu(module):
+    elif names == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"} and is_silu(module):
         forms = [_gated]
     if not forms or len(inspect.signature(type(module).forward).parameters) != 2:  # itself and x
         return None
@@ -349,12 +354,12 @@ def _form_of(module: nn.Module) -> Callable[..., Tensor] | None:
     try:
         with torch.no_grad():
             own = type(module).forward(module, x)
-            return next((form for form in forms if _close(form(module, x=x), own)), None)
+            return next((form for form in forms if close(form(module, x=x), own)), None)
     except Exception:  # a module that only looks like a known one may raise anything
         return None
 
 
-def _is_silu(module: Any) -> bool:
+def is_silu(module: Any) -> bool:
     x = torch.linspace(-6, 6, 49)
     try:
         return bool(torch.allclose(module.act_fn(x), silu(x), atol=1e-6))
@@ -370,10 +375,10 @@ def _turns_halves(function: Callable[..., Any]) -> bool:
         ours = _rotary(function, q, k, cos[0], sin[0])
     except Exception:  # another signature or another layout: it may raise anything
         return False
-    return all(_close(a, b) for a, b in zip(ours, own, strict=True))
+    return all(close(a, b) for a, b in zip(ours, own, strict=True))
 
 
-def _close(ours: Tensor, own: Tensor) -> bool:
+def close(ours: Tensor, own: Tensor) -> bool:
     """Equal but for roundings, and not because all is zero."""
     size = own.abs().max()
     return ours.shape == own.shape and bool(size > 0) and bool((ours - own).abs().max() <= CLOSE * size)

@@ -1,0 +1,187 @@
+"""A decoder layer for the few rows of a decoding step, on a CPU: the rows are the last axis from layer to layer.
+
+With few rows W x^T is the fastest product (`tensors.fast_linear`), and gives its numbers turned, (M, rows). Here they
+stay so: nothing is turned back between products, the gate, its product and both residual sums are done by the product
+before them, and the angles of a step are turned once for all layers. A layer is replaced only if it gives the numbers
+of its own forward on a probe, which also shows how it calls its attention.
+
+Shapes: B rows, H hidden, D of one head, in the order of memory: x_HB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selftaught.score.attention import Attends
+from selftaught.score.fused import Fused, close, fused, is_silu
+from selftaught.tensors import FEW, turned, turned_swish, turned_with, turns
+
+PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+PROBE_ROWS = 3
+
+
+class _Norm:
+    """x w / sqrt(mean(x^2) + eps) over the axis before the last."""
+
+    def __init__(self, module: Any, eps: float, offset: float) -> None:
+        self._module, self._offset = module, offset
+        self._eps = torch.tensor(eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mean = torch.add(self._eps, torch.linalg.vecdot(x, x, dim=-2), alpha=1 / x.shape[-2])
+        weight = self._module.weight + self._offset if self._offset else self._module.weight
+        return (x * mean.rsqrt_().unsqueeze(-2)).mul_(weight[:, None])
+
+
+class _Angles:
+    """Cosines and sines of a step, given as (1, B, D): as (2, D / 2, B), the sines of the first half negative."""
+
+    def __init__(self) -> None:
+        self._given: Tensor | None = None
+
+    def rotated(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """x cos + rotate_half(x) sin, the halves of the middle axis turned against each other: as x, (heads, D, B)."""
+        if self._given is not tables[0]:
+            self._given = tables[0]  # kept, so that no other step's can be taken for it
+            self._cos, sin = (table[0].t().contiguous().unflatten(0, (2, -1)) for table in tables)
+            self._sin = torch.stack([-sin[0], sin[1]])
+        halves = x.view(-1, *self._cos.shape)
+        return torch.addcmul(halves * self._cos, halves.flip(1), self._sin).view(x.shape)
+
+
+class _Layer:
+    """Norm, attention, sum, norm, gated layer, sum."""
+
+    def __init__(self, module: Any, norms: Fused, angles: _Angles) -> None:
+        """Raises AttributeError, KeyError or TypeError where the module is no such layer."""
+        self._module, self._angles = module, angles
+        self._mlp, attention = module.mlp, module.self_attn
+        self._width: int = attention.head_dim
+        self._projections = attention.q_proj, attention.k_proj, attention.v_proj
+        self._out = attention.o_proj
+        self._before, self._between = (_Norm(part, **norms.known_norm(part))
+                                       for part in (module.input_layernorm, module.post_attention_layernorm))
+        self._of_heads = [_Norm(part, **norms.known_norm(part)) for name in ("q_norm", "k_norm")
+                          if (part := getattr(attention, name, None)) is not None]
+        if {name for name, _ in module.named_children()} != PARTS:
+            raise TypeError("a layer of other parts")
+        self._gated = is_silu(self._mlp) and all(map(_plain, (
+            self._mlp.gate_proj, self._mlp.up_proj, self._mlp.down_proj)))
+        self.attends: tuple[int, float, int | None] = (0, 1.0, None)  # its number, scaling and window
+
+    def forward(self, hidden_states: Tensor, *rest: Any, position_embeddings: Any = None,
+                segments: Attends | None = None, **named: Any) -> Tensor:
+        """In place of the module's own, which runs where this one is not made for what it is given."""
+        given = {"position_embeddings": position_embeddings, "segments": segments, **named}
+        suits = segments is not None and not rest and named.get("past_key_values") is None \
+            and hidden_states.shape[0] == 1 and hidden_states.shape[1] <= FEW and not torch.is_grad_enabled() \
+            and position_embeddings[0].shape == (1, hidden_states.shape[1], self._width)
+        if segments is None or not suits:
+            own: Tensor = type(self._module).forward(self._module, hidden_states, *rest, **given)
+            return own
+        return self.run(hidden_states[0].t().contiguous(), position_embeddings, segments).t()[None]
+
+    def run(self, x_HB: Tensor, tables: tuple[Tensor, Tensor], segments: Attends) -> Tensor:
+        """The layer itself: (H, B) to (H, B)."""
+        normed = self._before(x_HB)
+        query, key, value = [_product(part, normed).view(-1, self._width, normed.shape[1])
+                             for part in self._projections]
+        if self._of_heads:
+            query, key = (norm(x) for norm, x in zip(self._of_heads, (query, key), strict=True))
+        both, heads = self._angles.rotated(torch.cat([query, key]), tables), query.shape[0]
+        query, key = both[:heads], both[heads:]
+        layer, scaling, window = self.attends
+        seen = segments.attend(layer, query.mT, key.mT, value.mT, scaling, window).flatten(1)  # (B, heads D)
+        x_HB = _sum(self._out, seen.t(), x_HB)
+        normed, mlp = self._between(x_HB), self._mlp
+        if not self._gated:
+            return x_HB + mlp(normed.t()).t()
+        gated = turned_swish(normed.t(), mlp.gate_proj.weight)
+        return _sum(mlp.down_proj, turned_with("mul", gated, normed.t(), mlp.up_proj.weight), x_HB)
+
+
+def _plain(linear: Any) -> bool:
+    return type(linear) is nn.Linear and linear.bias is None
+
+
+def _product(linear: Any, x_KB: Tensor) -> Tensor:
+    """W x + b, (M, B); of an adapted layer by its own forward."""
+    if type(linear) is not nn.Linear:
+        return linear(x_KB.t()).t()
+    out = turned(x_KB.t(), linear.weight)
+    return out if linear.bias is None else out.add_(linear.bias[:, None])
+
+
+def _sum(linear: Any, x_KB: Tensor, residual_MB: Tensor) -> Tensor:
+    """W x + b + the residual."""
+    if _plain(linear):
+        return turned_with("add", residual_MB, x_KB.t(), linear.weight)
+    return residual_MB + _product(linear, x_KB)
+
+
+class _Shown:
+    """Attention of a probe: depends on all that a layer gives it, and remembers how it was called."""
+
+    called: tuple[int, float, int | None] | None = None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
+               window: int | None) -> Tensor:
+        self.called = layer, scaling, window
+        mixed = (key * value).repeat_interleave(query.shape[0] // key.shape[0], 0)
+        return (query * scaling + mixed).transpose(0, 1)
+
+
+class TurnedLayers:
+    """The turned forms of one model's layers, installed while it decodes."""
+
+    def __init__(self, model: nn.Module, norms: Fused) -> None:
+        self._model, self._norms = model, norms
+        self._layers: list[tuple[nn.Module, _Layer]] | None = None
+
+    def prepare(self) -> None:
+        """Look at every layer, once. Without gradient, and with `attention.NAME` as the model's attention."""
+        if self._layers is None:
+            angles = _Angles()
+            made = ((module, _form_of(module, self._norms, angles)) for module in self._model.modules()
+                    if hasattr(module, "self_attn") and "forward" not in vars(module))
+            self._layers = [(module, layer) for module, layer in made if layer is not None]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside this block the model's layers are the turned ones."""
+        here = [(module, layer) for module, layer in self._layers or () if "forward" not in vars(module)]
+        try:
+            for module, layer in here:
+                module.forward = layer.forward
+            yield
+        finally:
+            for module, _ in here:
+                del module.forward
+
+
+def _form_of(module: Any, norms: Fused, angles: _Angles) -> _Layer | None:
+    """The turned form of this layer, if it gives the same numbers on a probe."""
+    try:
+        layer = _Layer(module, norms, angles)
+        weights = [weight for weight in module.parameters() if weight.dim() > 1]
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, PROBE_ROWS, module.input_layernorm.weight.shape[0], generator=generator)
+        turn = torch.randn(1, PROBE_ROWS, layer._width // 2, generator=generator).repeat(1, 1, 2)
+        if not fused(weights[0]) or not turns(x[0], *weights):
+            return None
+        shown, angle = _Shown(), (turn.cos(), turn.sin())
+        forward = partial(type(module).forward, module, x, position_embeddings=angle, attention_mask=None,
+                          position_ids=torch.arange(PROBE_ROWS)[None], past_key_values=None, use_cache=False)
+        own = forward(segments=shown)
+        if shown.called is None:
+            return None
+        layer.attends = shown.called
+        return layer if close(layer.forward(x, position_embeddings=angle, segments=shown), own) else None
+    except Exception:  # a module that only looks like a known one may raise anything
+        return None
