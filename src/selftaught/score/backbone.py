@@ -19,6 +19,7 @@ from selftaught.errors import UserError
 from selftaught.records import Section
 from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
+from selftaught.score.export import exported
 from selftaught.score.fused import Fused
 from selftaught.tensors import Packed, pack, upcast
 from selftaught.vocabulary import Head, project
@@ -187,6 +188,10 @@ class Backbone:
             yield weight.grad[: self._rows]
         finally:
             self._fused.adds = False
+
+    def exported(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as another engine loads them: see `export.exported`."""
+        return exported(self.model)
 
     def save(self, folder: Path, base: str) -> None:
         """Write the model as `from_pretrained` reads it; where an adapter is trained, that alone, with its `base`."""
