@@ -22,12 +22,13 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import families
 import selftaught
-from own import cli, lines, make_home, recipe_of, without_clocks
+from own import cli, lines, make_home, recipe_of, without_clocks, write_recipe
 from selftaught.errors import UserError
 from selftaught.records import Problem, Prompt, Request, Rollout, Sampling
 from selftaught.rollout import TransformersEngine, VllmConfig, vllm_local, vllm_server
@@ -44,6 +45,7 @@ from vllm_double import Double, Refuses
 
 PYTHON, MODEL = os.environ.get("SELFTAUGHT_VLLM_PYTHON"), os.environ.get("SELFTAUGHT_VLLM_MODEL")
 SOURCES = Path(__file__).resolve().parent.parent / "src"
+pytestmark = pytest.mark.timeout(1500 if PYTHON else 300)  # vLLM starts slowly, and more so on a busy machine
 needs_vllm = pytest.mark.skipif(not PYTHON, reason="SELFTAUGHT_VLLM_PYTHON names no Python with vLLM; see `make vllm`")
 needs_model = pytest.mark.skipif(not MODEL, reason="SELFTAUGHT_VLLM_MODEL names no real model; see `make vllm`")
 # vLLM's attention on a CPU takes heads of 32 at least; the weights are wide enough that a model and another differ.
@@ -91,7 +93,7 @@ def url(request: pytest.FixtureRequest, home: Path) -> Iterator[str]:
         return
     started = Started(home / "model", home / "served.log", "--dtype", "float32")
     try:
-        Server(VllmConfig(url=started.url, wait=250)).close()
+        Server(VllmConfig(url=started.url, wait=900)).close()
         yield started.url
     finally:
         left = started.close()
@@ -333,6 +335,15 @@ def test_close_breaks_off_what_is_under_way(home: Path, double: Double, model: A
     held.set()
 
 
+def test_a_full_folder_is_named(home: Path, double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(vllm_server, "save_file", full)
+    with pytest.raises(UserError, match=r"rollout\.vllm\.folder: weights cannot be written to .*No space left"):
+        trained(home, "full", double.url)
+
+
 def test_weights_go_in_several_files_which_do_not_stay(double: Double, home: Path, model: Any, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_server, "SHARD", 20_000)
@@ -351,6 +362,39 @@ def test_weights_go_in_several_files_which_do_not_stay(double: Double, home: Pat
     assert gap(model, engine.sample(requests(), 2, Sampling(max_completion_length=8))) < CLOSE
     assert seen[0] > 3 and list(tmp_path.iterdir()) == []
     engine.close()
+
+
+def test_ctrl_c_while_the_server_samples_ends_at_once(home: Path, double: Double) -> None:
+    reached, held = threading.Event(), threading.Event()
+
+    def hangs(body: Any) -> Any:
+        if body["sampling_params"]["max_tokens"] == 1:  # as it is met
+            return double.usual("/inference/v1/generate", body)
+        reached.set()
+        return held.wait(60)
+
+    double.faults["/inference/v1/generate"] = hangs
+    recipe = write_recipe(home, "hangs.yaml", out=str(home / "runs" / "hangs"), data={"heldout": 0}, eval={},
+                          rollout={"engine": "vllm", "vllm": {"url": double.url}})
+    run = subprocess.Popen([sys.executable, "-m", "selftaught.cli", "train", str(recipe)], env=ENVIRONMENT,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert reached.wait(200)
+    time.sleep(1)
+    began = time.monotonic()
+    for _ in range(2):
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    said = run.communicate(timeout=60)[1]
+    held.set()
+    assert run.returncode == 130 and "stopped at once" in said, said
+    assert time.monotonic() - began < 40
+
+
+def test_doctor_says_who_samples(home: Path, double: Double) -> None:
+    recipe = write_recipe(home, "doctor.yaml", rollout={"engine": "vllm", "vllm": {"url": double.url}})
+    said = cli("doctor", recipe)
+    assert f"ok      rollouts by vLLM 0.32.0 at {double.url}: {home / 'model'}, float32, context 256" in said.out
+    assert "ok      sampler against scorer" in said.out
 
 
 NOT_FOUND = {"faults": {"/version": lambda body: {}["x"]}}
@@ -474,9 +518,10 @@ def test_tied_weights_are_sent_once_and_nothing_is_copied() -> None:
     assert sent["model.embed_tokens.weight"].data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapter_is_sent_merged(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = families.qwen2().to(dtype)
+@pytest.mark.parametrize(("make", "dtype", "layers"), [
+    (families.qwen2, torch.float32, 14), (families.qwen2, torch.bfloat16, 14), (moe, torch.float32, 8)])
+def test_an_adapter_is_sent_merged(make: Any, dtype: torch.dtype, layers: int) -> None:
+    model = make().to(dtype)
     base = {name: value.clone() for name, value in exported(model)}
     add_adapter(model, 4, 8, "all-linear", 0)
     assert_equal(dict(exported(model)), base)
@@ -492,7 +537,7 @@ def test_an_adapter_is_sent_merged(tmp_path: Path, dtype: torch.dtype) -> None:
             layer = name.removesuffix("base_layer.weight")
             a, b = own[f"{layer}lora_A.default.weight"].double(), own[f"{layer}lora_B.default.weight"].double()
             expected[f"{layer}weight"] = (own[name].double() + 8 / 4 * b @ a).to(dtype)
-    assert sum(not torch.equal(base[name], expected[name]) for name in base) == 14
+    assert sum(not torch.equal(base[name], expected[name]) for name in base) == layers
     for name, value in expected.items():
         torch.testing.assert_close(sent[name], value, atol=1e-6, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6)
 
@@ -520,7 +565,7 @@ def test_in_this_process_two_runs_one_after_another_are_the_same_run(home: Path)
                        optim={"learning_rate": 1e-2})
     outs = [home / "runs" / f"here-{number}" for number in range(2)]
     done = subprocess.run([str(PYTHON), "-c", COLOCATED, json.dumps(recipe), *map(str, outs)], env=ENVIRONMENT,
-                          capture_output=True, text=True, timeout=280, check=False)
+                          capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [[without_clocks(row) for row in lines(out / "metrics.jsonl")] for out in outs]
     assert rows[0] == rows[1] and len(rows[0]) == 4
@@ -529,14 +574,13 @@ def test_in_this_process_two_runs_one_after_another_are_the_same_run(home: Path)
 
 @needs_vllm
 @needs_model
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_real_models_log_probs_are_the_training_forwards(home: Path, dtype: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(str(MODEL), dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(MODEL))
     started = Started(str(MODEL), home / f"{dtype}.log", "--dtype", dtype)
     try:
-        server = Server(VllmConfig(url=started.url, wait=400))
+        server = Server(VllmConfig(url=started.url, wait=900))
         engine = VllmEngine(server, tokenizer, frozenset({tokenizer.eos_token_id}))
         prompts = ("Question: 3 + 8\nAnswer:", "The capital of France is", "def add(a, b):\n")
         asked = [Request(Problem(text, text), Prompt(tuple(tokenizer(text)["input_ids"])), 0, 0) for text in prompts]

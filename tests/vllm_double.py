@@ -2,7 +2,8 @@
 
 The same tests run against it and against vLLM itself, so that it cannot drift from what vLLM does; what can go wrong
 with a server is then shown on it alone. As vLLM does, it draws with a generator per request, keeps its own copy of the
-weights and takes others only when it is told to read a folder.
+weights and takes others only when it is told to read a folder, and it keeps what it computed for a prompt until it is
+told to forget.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Double:
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.stamp = "default"
+        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
         self.asked: list[tuple[str, Any]] = []
         self.faults: dict[str, Any] = {}
         self._config = {"model": str(folder), "dtype": "torch.float32", "max_model_len": max_model_len,
@@ -61,7 +63,7 @@ class Double:
             "/server_info": lambda _: {"vllm_config": {"model_config": self._config}},
             "/collective_rpc": self._rpc,
             "/update_weight_version": self._stamped,
-            "/reset_prefix_cache": lambda _: {"success": True},
+            "/reset_prefix_cache": self._forget,
             "/inference/v1/generate": self._generate,
         }
         return answers[path](body)
@@ -87,6 +89,17 @@ class Double:
         self.stamp = body["new_version"]
         return {"success": True}
 
+    def _forget(self, _: Any) -> Any:
+        self._kept.clear()
+        return {"success": True}
+
+    def _logits(self, prompt: list[int], written: list[int]) -> torch.Tensor:
+        if written:
+            return self.model(input_ids=torch.tensor([prompt + written])).logits[0, -1].float()
+        if tuple(prompt) not in self._kept:
+            self._kept[tuple(prompt)] = self.model(input_ids=torch.tensor([prompt])).logits[0, -1].float()
+        return self._kept[tuple(prompt)].clone()
+
     @torch.no_grad()
     def _generate(self, body: Any) -> Any:
         ids, params = list(body["token_ids"]), body["sampling_params"]
@@ -96,7 +109,7 @@ class Double:
         finish, reason = "length", None
         with self._lock:
             while len(written) < params["max_tokens"]:
-                logits = self.model(input_ids=torch.tensor([ids + written])).logits[0, -1].float()
+                logits = self._logits(ids, written)
                 for token, bias in (params.get("logit_bias") or {}).items():
                     logits[int(token)] += bias
                 chances = (logits / (params.get("temperature", 1.0) or 1.0)).log_softmax(-1)

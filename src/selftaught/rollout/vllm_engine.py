@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -77,7 +78,7 @@ class Client(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up what is under way, and free what is held."""
+        """Give up what is under way, and free what is held; once more is no error."""
         ...
 
 
@@ -101,18 +102,20 @@ class VllmEngine:
     def submit(self, requests: Sequence[Request], n: int, sampling: Sampling) -> None:
         """Begin with n responses to each request, under the newest weights."""
         refuse_long(self.client.facts, max((len(r.prompt.token_ids) for r in requests), default=0), sampling)
-        self._send()
-        for request in requests:
-            group = [(request, sample, self.client.start(Ask(request.prompt.token_ids, self._params(
-                sampling, seed_of(request, sample, 63))))) for sample in range(request.first, request.first + n)]
-            self._queue.append((group, sampling))
+        with self._whole():
+            self._send()
+            for request in requests:
+                group = [(request, sample, self.client.start(Ask(request.prompt.token_ids, self._params(
+                    sampling, seed_of(request, sample, 63))))) for sample in range(request.first, request.first + n)]
+                self._queue.append((group, sampling))
 
     def poll(self) -> list[Rollout]:
         """The next request's responses, once all are there; [] when nothing is queued."""
         if not self._queue:
             return []
         group, sampling = self._queue.popleft()
-        return [self._rollout(request, sample, wait(), sampling) for request, sample, wait in group]
+        with self._whole():
+            return [self._rollout(request, sample, wait(), sampling) for request, sample, wait in group]
 
     def sample(self, requests: Sequence[Request], n: int, sampling: Sampling) -> list[Rollout]:
         """n responses to each request, in order."""
@@ -130,6 +133,15 @@ class VllmEngine:
         """Give up what is under way, and free what vLLM holds."""
         self._queue.clear()
         self.client.close()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What breaks off here, by an error or Ctrl-C, gives up all that is under way: nobody would wait for it."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def _send(self) -> None:
         if self._new is None:

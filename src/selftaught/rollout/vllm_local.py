@@ -41,7 +41,7 @@ class Local:
             if not hasattr(vllm.LLM, "update_weight_version"):
                 raise UserError(f"rollout.engine = 'vllm': vLLM {vllm.__version__} is too old; install {NEWEST}")
             try:
-                self._llm = vllm.LLM(
+                self._llm: Any = vllm.LLM(
                     place, dtype=config.dtype or dtype, gpu_memory_utilization=config.gpu_memory_utilization,
                     max_model_len=config.max_model_len, enforce_eager=config.enforce_eager, seed=0,
                     logprobs_mode="processed_logprobs",  # of the distribution that is drawn from
@@ -81,11 +81,13 @@ class Local:
 
     def close(self) -> None:
         """Free what vLLM holds: its memory, and the process group that it opened."""
+        if self._llm is None:
+            return
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self._answers.clear()
         self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
+        self._llm = None
         cleanup_dist_env_and_memory()
 
     def _wait(self, name: str) -> Answer:

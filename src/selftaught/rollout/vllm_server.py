@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -94,10 +95,10 @@ class Server:
                 for number, shard in enumerate(shards(weights, getattr(torch, self.facts.dtype))):
                     save_file(shard, Path(folder) / f"model-{number:05}.safetensors")
                 self._rpc("reload_weights", weights_path=folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"rollout.vllm.folder: weights cannot be written to {where or tempfile.gettempdir()} "
-                            f"({error.strerror or error}); name another folder, with room for all of them, that the "
-                            "server sees too") from error
+                            f"({error}); name another folder, with room for all of them, that the server sees too"
+                            ) from error
         except _Refused as error:
             raise UserError(f"rollout.vllm.url = {self.url!r}: the server cannot take the weights ({error}). It must "
                             f"be {NEWEST}, serve the recipe's model (it serves {self.facts.model}), and read "
