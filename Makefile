@@ -75,7 +75,7 @@ vllm: venv .vllm/.stamp
 .vllm/.stamp: pyproject.toml
 	@test -x .vllm/bin/python || { echo 'Making .vllm ...'; $(PYTHON) -m venv .vllm; }
 	@echo 'Installing $(VLLM) ...'
-	@.vllm/bin/python -m pip --disable-pip-version-check -q install torch==$(TORCH) $(VLLM) $(plainly)
+	@.vllm/bin/python -m pip --disable-pip-version-check -q install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==$(TORCH) $(VLLM) $(plainly)
 	@.vllm/bin/python -m pip --disable-pip-version-check -q uninstall -y torchvision torchaudio torchcodec >/dev/null 2>&1 || true
 	@.vllm/bin/python -m pip --disable-pip-version-check -q install -e '.[lora]' $(plainly)
 	@touch $@

@@ -74,11 +74,11 @@ class Double:
             if body["method"] == "get_model_inspection":
                 size, width = own["model.embed_tokens.weight"].shape
                 return {"results": [f"VocabParallelEmbedding(embedding_dim={width}, org_vocab_size={size})"]}
-            if body["method"] == "reset_weights":
+            if body["method"] == "drop_weights":
                 for value in own.values():
                     value.zero_()
-            if body["method"] == "reload_weights":
-                files = sorted(Path(body["kwargs"]["weights_path"]).glob("*.safetensors"))
+            if body["method"] == "take_weights":
+                files = sorted(Path(body["kwargs"]["folder"]).glob("*.safetensors"))
                 if not files:
                     raise Refuses("Worker failed with error 'no weights there'")
                 for name, value in (item for file in files for item in load_file(file).items()):

@@ -11,7 +11,7 @@ import torch
 
 from selftaught import data, privilege, reward
 from selftaught.data import Cursor, Dataset, Renderer
-from selftaught.engines import connect, make_engine
+from selftaught.engines import Client, connect, make_engine
 from selftaught.errors import UserError
 from selftaught.methods import Method, Several, checked
 from selftaught.optim import Optimizer, Teachers
@@ -294,7 +294,7 @@ def load_external(ground: Ground) -> External | None:
     return External(config.model, backbone, engine, digest(model))
 
 
-def _probed(ground: Ground, model: Any, layout: str, vllm: Any = None) -> tuple[Backbone, Engine]:
+def _probed(ground: Ground, model: Any, layout: str, vllm: Client | None = None) -> tuple[Backbone, Engine]:
     """A loaded model with its layout compared on a probe batch, and its sampler."""
     run = ground.run
     backbone = Backbone(model, layout, ground.rows)

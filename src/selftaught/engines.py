@@ -39,7 +39,8 @@ def connect(run: Run, device: str, dataset: Dataset, renderer: Renderer) -> Clie
                                 f"{theirs}, and model = {run.model!r} has {own}; start it with `selftaught vllm-serve "
                                 f"{run.model}`")
         longest = max(len(renderer.prompt(problem).token_ids) for problem in (*dataset.train, *dataset.heldout))
-        refuse_long(facts, longest, run.rollout.sampling())
+        refuse_long(facts, longest, max(run.rollout.max_completion_length,
+                                        (run.eval.max_completion_length or 0) if dataset.heldout else 0))
     except BaseException:
         client.close()
         raise

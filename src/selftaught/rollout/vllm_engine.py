@@ -2,8 +2,8 @@
 
 vLLM holds a copy of the weights, so three things are made sure of here. Its log-probs are those of the distribution
 that it draws from (its `processed_logprobs`: after temperature and truncation). Each response names the weights that
-wrote it, and other weights than the last ones sent are refused. And before the first weights are sent, its own are made
-zero, so that weights which it cannot take over show in the first comparison with the trainer.
+wrote it, and other weights than the last ones sent are refused. And it begins with random weights, made zero before the
+first are sent, so that any which it cannot take over show in the first comparison with the trainer.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class VllmEngine:
 
     def submit(self, requests: Sequence[Request], n: int, sampling: Sampling) -> None:
         """Begin with n responses to each request, under the newest weights."""
-        refuse_long(self.client.facts, max((len(r.prompt.token_ids) for r in requests), default=0), sampling)
+        refuse_long(self.client.facts, max((len(r.prompt.token_ids) for r in requests), default=0),
+                    sampling.max_completion_length)
         with self._whole():
             self._send()
             for request in requests:
@@ -180,12 +181,11 @@ class VllmEngine:
             finish=finish, sampling=sampling, version=self.version, step=request.step)
 
 
-def refuse_long(facts: Facts, longest: int, sampling: Sampling) -> None:
-    """Raise UserError where a prompt of `longest` tokens and a whole response are over what vLLM takes."""
-    written, limit = sampling.max_completion_length, facts.max_model_len
-    if longest + written > limit:
+def refuse_long(facts: Facts, longest: int, written: int) -> None:
+    """Raise UserError where a prompt of `longest` tokens and `written` more are over what vLLM takes."""
+    if longest + written > facts.max_model_len:
         raise UserError(f"max_completion_length = {written}: with the longest prompt of {longest} tokens that is "
-                        f"{longest + written}, and vLLM {facts.where} takes {limit}; raise its limit "
+                        f"{longest + written}, and vLLM {facts.where} takes {facts.max_model_len}; raise its limit "
                         "(rollout.vllm.max_model_len, or --max-model-len of `selftaught vllm-serve`), lower the "
                         "length, or set data.max_prompt_length with data.on_overflow=drop")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from selftaught.errors import UserError
 from selftaught.rollout.engine import VllmConfig
 from selftaught.rollout.vllm_engine import NEWEST, Answer, Ask, Facts, answer_of
+from selftaught.rollout.vllm_worker import EXTENSION
 
 
 class Local:
@@ -46,7 +47,7 @@ class Local:
                     max_model_len=config.max_model_len, enforce_eager=config.enforce_eager, seed=0,
                     logprobs_mode="processed_logprobs",  # of the distribution that is drawn from
                     generation_config="vllm",  # no temperature or stop token that the recipe does not name
-                    load_format="dummy")  # its weights come from the trainer
+                    load_format="dummy", worker_extension_cls=EXTENSION)  # its weights come from the trainer
             except Exception as error:  # vLLM's own kinds differ by what failed: memory, the model, the device
                 raise UserError(f"rollout.engine = 'vllm': vLLM cannot start on {place} ({_first_line(error)}); see "
                                 "rollout.vllm for what it may use, or choose rollout.engine=transformers") from error
@@ -67,14 +68,14 @@ class Local:
 
     def clear(self) -> None:
         """Make all weights zero."""
-        self._llm.collective_rpc("reset_weights")
+        self._llm.collective_rpc("drop_weights")
 
     def load(self, weights: Iterable[tuple[str, Tensor]], stamp: str) -> None:
         """Take these weights, forget the keys and values of others, and stamp what comes after."""
         dtype = getattr(torch, self.facts.dtype)
         given = ((name, value.detach().to(dtype) if value.is_floating_point() else value) for name, value in weights)
         with _told():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": given})
+            self._llm.collective_rpc("take_weights", kwargs={"weights": given})
         self._llm.update_weight_version(stamp)
         if not self._llm.reset_prefix_cache():
             raise UserError("rollout.vllm: vLLM still samples, so it cannot forget what earlier weights computed")

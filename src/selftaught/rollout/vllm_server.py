@@ -32,12 +32,13 @@ from torch import Tensor
 from selftaught.errors import UserError
 from selftaught.rollout.engine import VllmConfig
 from selftaught.rollout.vllm_engine import NEWEST, Answer, Ask, Facts, answer_of
+from selftaught.rollout.vllm_worker import EXTENSION
 
 AT_ONCE = 256  # requests under way: as many as vLLM decodes at once by default
 CONNECTING = 10.0  # seconds
 SHARD = 2**30  # bytes of one file of weights, about: a shard and the files are all that is held beside the model
 SHARED = Path("/dev/shm")
-GENERATE = "/inference/v1/generate"
+GENERATE, RPC = "/inference/v1/generate", "/collective_rpc"
 SAID = 300  # characters of the server's own words in a message
 START = "start one with `selftaught vllm-serve MODEL`"
 
@@ -58,7 +59,8 @@ def serve_command(model: str, options: Sequence[str]) -> tuple[list[str], dict[s
     ours = ["--host", "127.0.0.1",  # whoever reaches it can replace its weights
             "--logprobs-mode", "processed_logprobs",  # of the distribution that is drawn from
             "--generation-config", "vllm",  # no temperature or stop token that the recipe does not name
-            "--load-format", "safetensors", "--enable-scale-out", "--uvicorn-log-level", "warning"]
+            "--load-format", "dummy", "--worker-extension-cls", EXTENSION,  # its weights come from the trainer
+            "--enable-scale-out", "--uvicorn-log-level", "warning"]
     return [sys.executable, *start, *ours, *options], {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
 
 
@@ -85,7 +87,7 @@ class Server:
 
     def clear(self) -> None:
         """Make all weights zero."""
-        self._rpc("reset_weights")
+        self._checked("POST", RPC, {"method": "drop_weights"})
 
     def load(self, weights: Iterable[tuple[str, Tensor]], stamp: str) -> None:
         """Write the weights to a folder, let the server read them, and forget its keys and values of others."""
@@ -94,7 +96,7 @@ class Server:
             with tempfile.TemporaryDirectory(prefix="selftaught-weights-", dir=where) as folder:
                 for number, shard in enumerate(shards(weights, getattr(torch, self.facts.dtype))):
                     save_file(shard, Path(folder) / f"model-{number:05}.safetensors")
-                self._rpc("reload_weights", weights_path=folder)
+                self._call("POST", RPC, {"method": "take_weights", "kwargs": {"folder": folder}})
         except (OSError, SafetensorError) as error:
             raise UserError(f"rollout.vllm.folder: weights cannot be written to {where or tempfile.gettempdir()} "
                             f"({error}); name another folder, with room for all of them, that the server sees too"
@@ -136,10 +138,12 @@ class Server:
             config = self._call("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]
             one = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "logprobs": 0}}
             _answer(self._call("POST", GENERATE, one)["choices"][0])
-            seen = str(self._call("POST", "/collective_rpc", {"method": "get_model_inspection"}))
+            seen = str(self._call("POST", RPC, {"method": "get_model_inspection"}))
             vocabulary, width = (re.search(rf"\b{name}=(\d+)", seen) for name in ("org_vocab_size", "embedding_dim"))
             facts = Facts(f"at {self.url}", version, str(config["model"]), str(config["dtype"]).removeprefix("torch."),
                           int(config["max_model_len"]), vocabulary and int(vocabulary[1]), width and int(width[1]))
+        except UserError:
+            raise
         except (_Refused, KeyError, TypeError, ValueError) as error:
             raise UserError(f"rollout.vllm.url = {self.url!r}: what answers is no vLLM that can be trained with "
                             f"({str(error) or type(error).__name__}): it must be {NEWEST}, started for it; {START}"
@@ -151,9 +155,6 @@ class Server:
 
     def _generate(self, body: dict[str, Any]) -> Answer:
         return _answer(self._checked("POST", GENERATE, body)["choices"][0])
-
-    def _rpc(self, method: str, **arguments: str) -> Any:
-        return self._call("POST", "/collective_rpc", {"method": method, "kwargs": arguments})
 
     def _checked(self, method: str, path: str, body: Any = None) -> Any:
         try:
