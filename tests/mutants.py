@@ -630,6 +630,13 @@ MUTANTS = [
         "test_vllm.py",
     ),
     Mutant(
+        "vllm_keeps_a_tied_head",
+        "rollout/vllm_worker.py",
+        'if hasattr(module, "cpu_linear") and',
+        "if False and",
+        "test_vllm.py",
+    ),
+    Mutant(
         "rollouts_of_old_weights",
         "batches.py",
         "- {step}:",

@@ -23,7 +23,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import families
@@ -31,7 +31,7 @@ import selftaught
 from own import cli, lines, make_home, recipe_of, without_clocks, write_recipe
 from selftaught.errors import UserError
 from selftaught.records import Problem, Prompt, Request, Rollout, Sampling
-from selftaught.rollout import TransformersEngine, VllmConfig, vllm_local, vllm_server
+from selftaught.rollout import TransformersEngine, VllmConfig, vllm_local, vllm_server, vllm_worker
 from selftaught.rollout.engine import seed_of
 from selftaught.rollout.transformers_engine import _Row
 from selftaught.rollout.vllm_engine import VllmEngine
@@ -541,6 +541,40 @@ def test_an_adapter_is_sent_merged(make: Any, dtype: torch.dtype, layers: int) -
     assert sum(not torch.equal(base[name], expected[name]) for name in base) == layers
     for name, value in expected.items():
         torch.testing.assert_close(sent[name], value, atol=1e-6, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6)
+
+
+class Packed(torch.nn.Module):
+    """A head as vLLM's build for CPUs has it: it computes with a copy of its weights, made when they are processed."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight, self.quant_method = weight, self
+        self.process_weights_after_loading(self)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        packed = self.weight.detach().clone()
+        self.cpu_linear = lambda x: x @ packed.T
+
+
+def test_a_worker_lets_a_tied_head_compute_with_what_it_holds() -> None:
+    model = torch.nn.Module()
+    model.embed = torch.nn.Embedding(5, 3)
+    model.head = Packed(model.embed.weight)
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        model.embed.weight.add_(1.0)
+    assert (model.head.cpu_linear(x) - x @ model.embed.weight.T).abs().max() > 0.1
+    vllm_worker.repack(model)
+    torch.testing.assert_close(model.head.cpu_linear(x), x @ model.embed.weight.T)
+
+
+def test_a_worker_reads_every_file_and_says_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"this process sees no weights in {tmp_path}"):
+        list(vllm_worker.read(tmp_path))
+    given = {f"{file}{name}": torch.randn(2, 2) for file in "ab" for name in "xy"}
+    for file in "ab":
+        save_file({name: value for name, value in given.items() if name[0] == file}, tmp_path / f"{file}.safetensors")
+    assert_equal(dict(vllm_worker.read(tmp_path)), given)
 
 
 # vLLM itself.
