@@ -187,6 +187,13 @@ def test_a_response_is_a_function_of_seed_step_problem_and_sample(engine: VllmEn
     assert not set(drawn(requests(seed=1), 4).values()) & set(whole.values())
 
 
+def test_more_prompts_than_one_pass_takes(engine: VllmEngine, model: Any) -> None:
+    asked = [Request(Problem(f"p{i}", "?"), Prompt(tuple(20 + (i * 7 + k * k) % 280 for k in range(230))), 0, 0)
+             for i in range(24)]  # vLLM computes 2048 or 4096 tokens at once, and would cut a prompt at its end
+    found = engine.sample(asked, 1, Sampling(max_completion_length=4))
+    assert gap(model, found) < CLOSE
+
+
 def test_responses_end_where_the_built_in_engine_would_end_them(engine: VllmEngine, model: Any) -> None:
     engine.stop_ids = frozenset({3, *range(100, 110)})
     sampling = Sampling(max_completion_length=40, stop=("e", "\n", " 1", "the"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from selftaught.errors import UserError
 from selftaught.rollout.engine import VllmConfig
 from selftaught.rollout.vllm_engine import NEWEST, Answer, Ask, Facts, answer_of
-from selftaught.rollout.vllm_worker import EXTENSION
+from selftaught.rollout.vllm_worker import CHUNKS, EXTENSION
 
 
 class Local:
@@ -45,6 +45,7 @@ class Local:
                 self._llm: Any = vllm.LLM(
                     place, dtype=config.dtype or dtype, gpu_memory_utilization=config.gpu_memory_utilization,
                     max_model_len=config.max_model_len, enforce_eager=config.enforce_eager, seed=0,
+                    enable_chunked_prefill=CHUNKS,
                     logprobs_mode="processed_logprobs",  # of the distribution that is drawn from
                     generation_config="vllm",  # no temperature or stop token that the recipe does not name
                     load_format="dummy", worker_extension_cls=EXTENSION)  # its weights come from the trainer

@@ -32,7 +32,7 @@ from torch import Tensor
 from selftaught.errors import UserError
 from selftaught.rollout.engine import VllmConfig
 from selftaught.rollout.vllm_engine import NEWEST, Answer, Ask, Facts, answer_of
-from selftaught.rollout.vllm_worker import EXTENSION
+from selftaught.rollout.vllm_worker import CHUNKS, EXTENSION
 
 AT_ONCE = 256  # requests under way: as many as vLLM decodes at once by default
 CONNECTING = 10.0  # seconds
@@ -60,6 +60,7 @@ def serve_command(model: str, options: Sequence[str]) -> tuple[list[str], dict[s
             "--logprobs-mode", "processed_logprobs",  # of the distribution that is drawn from
             "--generation-config", "vllm",  # no temperature or stop token that the recipe does not name
             "--load-format", "dummy", "--worker-extension-cls", EXTENSION,  # its weights come from the trainer
+            *([] if CHUNKS else ["--no-enable-chunked-prefill"]),
             "--enable-scale-out", "--uvicorn-log-level", "warning"]
     return [sys.executable, *start, *ours, *options], {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
 

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 EXTENSION = f"{__name__}.Taught"
+# May a prompt be computed in parts? After each part but the last vLLM takes a drawn token back by turning the request's
+# generator back, which generators of a CPU refuse; its engine then ends.
+CHUNKS = torch.accelerator.is_available()
 
 
 class Taught:
