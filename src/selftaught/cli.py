@@ -244,6 +244,18 @@ def continual(
                             untrained=untrained or [], overrides=[name for name in models if "=" in name]))
 
 
+@app.command("vllm-serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def vllm_serve(context: typer.Context,
+               model: Annotated[str, typer.Argument(help="a model's folder, a Hub name or quickstart")]) -> None:
+    """Serve a model to runs with `rollout.engine: vllm` and this server's address as `rollout.vllm.url`.
+
+    Further options are vLLM's own, such as --port 8001 --dtype bfloat16 --tensor-parallel-size 2 --max-model-len 4096.
+    """
+    from selftaught.engines import serve
+
+    serve(model, context.args)
+
+
 @app.command()
 def report(runs: Annotated[list[Path], typer.Argument(help="run folders; several are overlaid")],
            out: Annotated[Path | None, typer.Option(help="the HTML file to write; with --pictures, the folder")] = None,

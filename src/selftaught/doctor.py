@@ -15,10 +15,11 @@ from selftaught.loss import chunked_loss
 from selftaught.methods import batch_credit
 from selftaught.records import Rollout, Verdict, View
 from selftaught.report import duration, versions
+from selftaught.rollout.vllm_engine import VllmEngine
 from selftaught.score import Scorer
 
 NULL_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # nats: the same weights and the same prompt must agree
-SAMPLER_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
+SAMPLER_TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.3}
 TRIAL_PROBLEMS = 2
 
 
@@ -35,6 +36,8 @@ def examine(ground: Ground, say: Callable[[str], None]) -> list[Line]:
     lines = [*environment(ground), *lengths(ground), *rewards(ground)]
     say(seam(ground))
     parts = assemble(ground)
+    if isinstance(parts.engine, VllmEngine):
+        lines.append(Line(True, f"rollouts by {parts.engine.client.facts}"))
     lines += [*trial(ground, parts), null_teacher(ground, parts)]
     parts.engine.close()
     return lines
@@ -145,7 +148,8 @@ def trial(ground: Ground, parts: Parts) -> list[Line]:
     share = len(ground.dataset.heldout) * run.eval.samples / len(rollouts)
     total = run.optim.steps * scale * (sampled + updated) + evaluations * share * sampled
     cut = sum(rollout.finish == "length" for rollout in rollouts) / len(rollouts)
-    bound = SAMPLER_TOLERANCE[run.optim.dtype]
+    sampled_in = parts.engine.client.facts.dtype if isinstance(parts.engine, VllmEngine) else run.optim.dtype
+    bound = max(SAMPLER_TOLERANCE[run.optim.dtype], SAMPLER_TOLERANCE[sampled_in])
     close = run.rollout.truncated or gap.max().item() <= bound  # truncated, the two differ by what was cut away
     return [
         Line(True, f"time: a step about {duration(scale * (sampled + updated))} (sampling {sampled * scale:.1f} s, "

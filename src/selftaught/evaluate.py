@@ -14,6 +14,7 @@ from typing import Any, Literal
 from selftaught import data, privilege
 from selftaught.assemble import External, Ground, Say, context_of, lay_ground, load_engine, sample_and_verify
 from selftaught.before import rows_before
+from selftaught.engines import PLACE
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, read_rows, rows_of, select, summarise
 from selftaught.eval.rows import STUDENT, mend_tail, sampling_as_saved
@@ -27,7 +28,7 @@ from selftaught.score.external import digest
 EVALUATION = -1  # the step that keys an evaluation's randomness: every one draws with the same random numbers
 CONTROL_SAMPLES = 2
 # What a resumed evaluation may set anew: nothing that touches its completions.
-MAY_CHANGE = ("out", "report", "checkpoint", "eval.k", "eval.best", "eval.every")
+MAY_CHANGE = ("out", "report", "checkpoint", "eval.k", "eval.best", "eval.every", *PLACE)
 TEACHER_ARMS: tuple[Literal["right", "wrong", "empty"], ...] = ("right", "wrong", "empty")
 
 

@@ -70,6 +70,9 @@ def forecast(ground: Ground) -> Forecast:
     kv = 2 * text.num_hidden_layers * getattr(text, "num_key_value_heads", text.num_attention_heads) * (
         getattr(text, "head_dim", None) or width // text.num_attention_heads)
     head = 0 if lora is not None and size == 4 else text.vocab_size * width * 4  # its gradient, or its float32 copy
+    sampling = rows * (run.rollout.max_completion_length + longest // run.rollout.num_generations) * kv * size
+    if run.rollout.engine == "vllm":  # what it takes besides is set by its share of the memory, or elsewhere
+        sampling = 0 if run.rollout.vllm is not None and run.rollout.vllm.url else count * size
     draws = 1 + run.rollout.max_resample * bool(run.rollout.filter_groups)
     step = run.rollout.num_generations * run.rollout.prompts_per_step * run.rollout.max_completion_length * draws
     return Forecast(
@@ -85,7 +88,7 @@ def forecast(ground: Ground) -> Forecast:
             "teachers": len(kept) * trained * width_of_trained + external,
             "activations": run.optim.token_budget * width * ACTIVATION_FLOATS * layers * size,
             "head": _head_chunk(text.vocab_size, device_of(run), further) + head,
-            "sampling": rows * (run.rollout.max_completion_length + longest // run.rollout.num_generations) * kv * size,
+            "sampling": sampling,
             "libraries": int(0.7 * GB),
         },
         teacher=said,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from selftaught.assemble import Parts
+from selftaught.engines import PLACE
 from selftaught.errors import UserError
 from selftaught.evaluate import evaluate, evaluate_controls, flat, heldout
 from selftaught.leakage import Watch
@@ -21,7 +22,7 @@ from selftaught.report import Health, Progress, RunFolder, Trackers, versions
 from selftaught.run import Run
 
 # What a resumed run may set anew: nothing that touches its numbers.
-MAY_CHANGE = ("out", "report", "checkpoint", "eval.before")
+MAY_CHANGE = ("out", "report", "checkpoint", "eval.before", *PLACE)
 
 
 class Interrupts:
@@ -146,7 +147,7 @@ class Session:
         self.done = self.saved = start.step
         self.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
         self.checkpoints.protect(None if self.best is None else self.best[0])
-        self.parts.engine.sync(model.named_parameters(), self.done)
+        self.parts.engine.sync(self.parts.backbone.exported(), self.done)
         self.progress.say(f"resumed after step {self.done} from {start.path}")
 
     def save_is_due(self) -> bool:

@@ -144,7 +144,7 @@ def step(session: Session) -> dict[str, float]:
 
     updated = time.monotonic()
     parts.teachers.update(number, skipped=metrics["skipped"] == len(updates))
-    parts.engine.sync(parts.backbone.model.named_parameters(), number + 1)
+    parts.engine.sync(parts.backbone.exported(), number + 1)
     metrics["time/update"] += session.clock("updating", updated)
 
     metrics |= rollout_metrics(drawn.rollouts, drawn.verdicts if ground.rewarder else ()) | drawn.metrics

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selftaught.records import Finish, Request, Rollout, Sampling
 from selftaught.rollout.cache import DecodeCache
-from selftaught.rollout.engine import uniforms
+from selftaught.rollout.engine import text_of, uniforms
 from selftaught.rollout.sampling import draw, greedy, truncate
 
 MARGIN = 4  # tokens decoded beyond the length of a stop string: they may be cut inside a character, or be special
@@ -171,12 +171,10 @@ class TransformersEngine:
         tail = self.tokenizer.decode(row.tokens[-longest - MARGIN:], skip_special_tokens=True)
         if not any(s in tail for s in stop):
             return False
-        text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        row.text = text[: min(text.find(s) for s in stop if s in text)]
+        row.text = text_of(self.tokenizer, row.tokens, "stop", stop)
         return True
 
     def _close_texts(self, rows: list[_Row]) -> None:
         for row in rows:
             if row.text is None:
-                written = row.tokens[:-1] if row.finish == "stop" else row.tokens  # a stop token need not be special
-                row.text = self.tokenizer.decode(written, skip_special_tokens=True)
+                row.text = text_of(self.tokenizer, row.tokens, row.finish or "length")

@@ -21,6 +21,7 @@ from selftaught.errors import UserError
 from selftaught.records import Section
 from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
+from selftaught.score.export import exported
 from selftaught.score.fused import Fused
 from selftaught.score.heap import MAPPED_FROM
 from selftaught.score.turned import TurnedLayers
@@ -209,6 +210,10 @@ class Backbone:
         block = torch.empty(sum(p.numel() for p in small))
         pieces = block.split([p.numel() for p in small])
         return {id(p): piece.view_as(p) for p, piece in zip(small, pieces, strict=True)}
+
+    def exported(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as another engine loads them: see `export.exported`."""
+        return exported(self.model)
 
     def save(self, folder: Path, base: str) -> None:
         """Write the model as `from_pretrained` reads it; where an adapter is trained, that alone, with its `base`."""
