@@ -15,10 +15,10 @@ by the others, so they are on-policy for it and the same tokens for all. All sta
 Every --every steps: |log-prob - float32's| of the step's own tokens (before its update) and of those of a probe batch
 that is never trained on, in nats, mean and largest; KL(float32||arm) over the vocabulary on the probe; the length of
 the weights' movement as a share of float32's; ||w - w_float32|| / ||w_float32 - w_0||, of the weights that the model
-computes with and of the master copies. Then seconds of a step without its sampling, and peak memory of one: of the
-resident set on a CPU, of what was allocated on a GPU. Each arm has a process of its own. The reward is a plain function
-of the text: the answer, and a hash besides, so that no group is dead. Needs (2 + steps / every) times the size of the
-float32 weights in the temporary folder (TMPDIR).
+computes with and of the master copies. Then seconds of a step without its sampling, and peak memory of one (float32's
+with its sampling, which the others replay): of the resident set on a CPU, of what was allocated on a GPU. Each arm has
+a process of its own. The reward is a plain function of the text: the answer, and a hash besides, so that no group is
+dead. Needs (2 + steps / every) times the size of the float32 weights in the temporary folder (TMPDIR).
 """
 
 from __future__ import annotations

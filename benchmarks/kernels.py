@@ -38,6 +38,11 @@ def forms(tokens: Any, kind: str) -> dict[str, Callable[[Any, Any], Any]]:
         "sampled": lambda s, t: s.at_sampled,
     }
 
+    def sampled(s: Any, t: Any) -> Any:
+        """With the entropy beside it, which the other two find on their way; + 0 x, so that it is computed."""
+        logp = s.log_softmax(-1)
+        return logp.gather(-1, tokens[:, None])[:, 0] + 0.0 * (logp.exp() * logp).sum(-1).detach()
+
     def with_(form: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         if kind == "kernels":
             return lambda s, t: form(TokenDist(s, tokens), TokenDist(t, tokens))
@@ -53,7 +58,7 @@ def forms(tokens: Any, kind: str) -> dict[str, Callable[[Any, Any], Any]]:
     def plain(form: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """The same formula of log-probs, so that the compiler sees the whole of it."""
         if form is made["sampled"]:
-            return lambda s, t: s.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+            return sampled
         if form is made["top-k"]:
             def top(s: Any, t: Any) -> Any:
                 both = [x.log_softmax(-1) for x in (s, t)]

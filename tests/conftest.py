@@ -20,6 +20,8 @@ from hypothesis import settings
 
 settings.register_profile("selftaught", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("selftaught")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton itself is imported, which transformers does
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
 
 

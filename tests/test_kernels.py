@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # read when kernels are defined
-pytest.importorskip("triton", reason="the kernels' interpreter comes with Triton")
+if (sys.platform, platform.machine()) != ("linux", "x86_64"):  # there it is a tool of development
+    pytest.importorskip("triton", reason="the kernels' interpreter comes with Triton")
 
 from selftaught import TokenBatch, chunked_objective, kernels, objective, tensors, vocabulary
 from selftaught.kernels import rows
@@ -134,6 +135,20 @@ def test_a_tail_far_below_the_top_keeps_its_mass_and_gradient() -> None:
     torch.testing.assert_close(student.grad[:, 7:].sum(), torch.ones((), device=DEVICE), rtol=1e-5, atol=0)
 
 
+def test_tokens_may_be_strided_and_one_that_is_none_is_no_other_rows() -> None:
+    s, _, _ = pair(3.0)
+    pairs = torch.randint(V, (6, 2), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    student = s.float().requires_grad_()
+    found = TokenDist(student, pairs[:, 0]).at_sampled
+    torch.testing.assert_close(found.double(), s.log_softmax(-1).gather(-1, pairs[:, :1])[:, 0], rtol=1e-5, atol=1e-5)
+    found.sum().backward()
+    assert student.grad is not None
+    exact = torch.nn.functional.one_hot(pairs[:, 0], V) - s.softmax(-1)
+    torch.testing.assert_close(student.grad.double(), exact, rtol=1e-5, atol=1e-6)
+    for wrong in (-100, V):
+        assert TokenDist(s.float(), torch.full((6,), wrong, device=DEVICE)).at_sampled.isnan().all()
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": {}, "opsd": {"clip": None}, "sdft": {}, "sdpo": {"top_k": 9}, "gkd": {"divergence": "js", "weight": 0.3},
     "sdpg": {"alpha": 0.1, "beta": 0.5, "beta_warmup": 0}, "demopsd": {"top_k": 9}, "dopd": {"top_k": 9}, "rlsd": {},
@@ -214,6 +229,39 @@ def test_the_heads_gradient_of_16_bits_is_added_in_float32_where_it_belongs(monk
         found[chunk] = wide - before
     gap = (found[6] - found[20]).norm() / found[20].norm()
     assert gap < 1e-5  # however many chunks: had it been summed in bfloat16, some 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_small_gradients_are_not_lost_in_16_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each below 2^-24, the least that float16 tells from 0."""
+    if DEVICE == "cpu":
+        emulate_wide_products(monkeypatch)
+    generator = torch.Generator().manual_seed(7)
+    hidden = {view: torch.randn(20, 16, generator=generator).to(dtype).to(DEVICE) for view in ("student", "teacher")}
+    head = (0.3 * torch.randn(V, 16, generator=generator)).to(dtype).to(DEVICE)
+    batch = TokenBatch(torch.zeros(20, dtype=torch.int64, device=DEVICE), torch.arange(20, device=DEVICE) // 5)
+    found = []
+    for kind in (torch.float64, dtype):
+        weight = head.to(kind).requires_grad_()
+        states = {view: x.to(kind).requires_grad_(view == "student") for view, x in hidden.items()}
+        wide = torch.zeros(V, 16, device=DEVICE, dtype=torch.float32 if kind == dtype else kind)
+        with kernels.off():
+            chunked_objective("sdft", batch, states, {"student": weight, "teacher": head.to(kind)}, skip=0, chunk=6,
+                              reduction="constant", length=10**6, head_grad=wide).loss.backward()
+        found.append(wide.double())
+    assert found[0].abs().max() < 2.0**-20 and (found[1] - found[0]).norm() < 1e-2 * found[0].norm()
+
+
+def test_a_frozen_head_takes_nothing_and_leaves_the_loss_free_to_be_scaled() -> None:
+    hidden, head = torch.randn(4, 16, device=DEVICE).requires_grad_(), torch.randn(V, 16, device=DEVICE)
+    batch = TokenBatch(torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.arange(4, device=DEVICE) // 2,
+                       torch.tensor([1.0, 0.0], device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE))
+    wide = torch.zeros(V, 16, device=DEVICE)
+    out = chunked_objective("grpo", batch, {"student": hidden}, {"student": head}, head_grad=wide)
+    (2 * out.loss).backward()
+    assert hidden.grad is not None and (hidden.grad != 0).any() and (wide == 0).all()
+    kept = vars(out.loss.grad_fn.grads)  # type: ignore[union-attr]
+    assert not kept.keys() & {"weights", "states"}  # which may be a float32 copy of the head
 
 
 COMPILE = """

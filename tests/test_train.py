@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import selftaught
 from own import METHOD, cli, lines, make_home, recipe_of, without_clocks, write_recipe
-from selftaught.assemble import probe, shuffled
+from selftaught.assemble import shuffled
 from selftaught.errors import UserError
 from selftaught.measure import rollout_metrics
 from selftaught.methods import batch_credit
@@ -28,6 +28,7 @@ from selftaught.records import Batch, Problem, Prompt, Rollout, Sampling, Verdic
 from selftaught.rollout import TransformersEngine
 from selftaught.run import load_run
 from selftaught.score import Micro, Scorer
+from selftaught.score.backbone import probe
 from selftaught.tensors import pack
 from selftaught.train import Finished
 from tiny import tiny_tokenizer

@@ -305,6 +305,21 @@ def test_another_run_on_the_same_server_is_noticed(home: Path, double: Double, m
         engine.close()
 
 
+def test_a_server_that_dies_with_many_requests_under_way_is_one_message(home: Path, model: Any) -> None:
+    doomed, together = Double(home / "model"), threading.Barrier(16)
+    engine = VllmEngine(Server(VllmConfig(url=doomed.url)), AutoTokenizer.from_pretrained(home / "model"), frozenset())
+    engine.sync(exported(model), 0)
+
+    def dies(body: Any) -> Any:
+        together.wait(30)
+        raise ConnectionAbortedError
+
+    doomed.faults["/inference/v1/generate"] = dies
+    with pytest.raises(UserError, match="does not answer any more"):
+        engine.sample(requests(16), 1, Sampling(max_completion_length=2))
+    doomed.close()
+
+
 def test_a_server_that_dies_costs_one_step_and_the_run_goes_on_with_another(home: Path, double: Double) -> None:
     sections: dict[str, Any] = {"optim": {"steps": 4, "learning_rate": 1e-2}, "checkpoint": {"every": 100},
                                 "eval": {"best": None, "controls": False}}

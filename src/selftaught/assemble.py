@@ -11,7 +11,7 @@ import torch
 
 from selftaught import data, privilege, reward
 from selftaught.data import Cursor, Dataset, Renderer
-from selftaught.engines import Client, connect, make_engine
+from selftaught.engines import Client, connect, freed_on_error, make_engine
 from selftaught.errors import UserError
 from selftaught.methods import Method, Several, checked
 from selftaught.optim import Optimizer, Teachers
@@ -33,6 +33,7 @@ from selftaught.rollout import Engine
 from selftaught.run import Run
 from selftaught.score import Backbone, Scorer
 from selftaught.score.adapter import add_adapter, require_peft, targets
+from selftaught.score.backbone import probe
 from selftaught.score.external import about_teacher, digest, id_bytes, shared_rows
 from selftaught.score.heap import fix_heap
 from selftaught.score.hub import (
@@ -45,7 +46,6 @@ from selftaught.score.hub import (
 )
 
 PROBE = 2  # problems on which the layouts are compared before the first step
-PROBE_HEAD, PROBE_TAIL, PROBE_WRITTEN = 24, 40, 16  # tokens of each: enough for a shared prefix, bounded in memory
 
 
 @dataclass(frozen=True)
@@ -260,26 +260,17 @@ def device_of(run: Run) -> str:
     return run.device
 
 
-def probe(prompts: Sequence[tuple[int, ...]], written: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Two rollouts of each prompt, no longer than the run's own and of at most 80 tokens: their prompts and responses.
-
-    A long prompt keeps its beginning, which others may share, and its end.
-    """
-    written = min(written, PROBE_WRITTEN)
-    short = [ids if len(ids) <= PROBE_HEAD + PROBE_TAIL else (*ids[:PROBE_HEAD], *ids[-PROBE_TAIL:]) for ids in prompts]
-    return [*short, *short], [*(ids[-written:] for ids in reversed(short)), *(ids[-min(3, written):] for ids in short)]
-
-
 def load_engine(ground: Ground) -> tuple[Backbone, Engine]:
     """Load the weights, with a new adapter if the run trains one, compare the layouts, and make the sampler."""
     run, lora = ground.run, ground.run.optim.lora
     if device_of(run) == "cpu":
         fix_heap()
     vllm = connect(run, device_of(run), ground.dataset, ground.renderer)
-    model = load_model(run.model, getattr(torch, run.optim.dtype), device_of(run))
-    if lora is not None:
-        add_adapter(model, lora.rank, lora.alpha, lora.target_modules, run.seed)
-    return _probed(ground, model, run.score.layout, vllm)
+    with freed_on_error(vllm):
+        model = load_model(run.model, getattr(torch, run.optim.dtype), device_of(run))
+        if lora is not None:
+            add_adapter(model, lora.rank, lora.alpha, lora.target_modules, run.seed)
+        return _probed(ground, model, run.score.layout, vllm)
 
 
 def load_external(ground: Ground) -> External | None:
@@ -305,9 +296,13 @@ def _probed(ground: Ground, model: Any, layout: str, vllm: Client | None = None)
 
 def assemble(ground: Ground) -> Parts:
     """Load the weights and put the parts together."""
-    run, method = ground.run, ground.method
     backbone, engine = load_engine(ground)
-    model = backbone.model
+    with freed_on_error(engine):
+        return _parts(ground, backbone, engine)
+
+
+def _parts(ground: Ground, backbone: Backbone, engine: Engine) -> Parts:
+    run, method, model = ground.run, ground.method, backbone.model
     if run.optim.lora is None:
         model.requires_grad_(True)
     if run.optim.activation_checkpointing:

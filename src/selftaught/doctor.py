@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,11 +37,10 @@ def examine(ground: Ground, say: Callable[[str], None]) -> list[Line]:
     lines = [*environment(ground), *lengths(ground), *rewards(ground)]
     say(seam(ground))
     parts = assemble(ground)
-    if isinstance(parts.engine, VllmEngine):
-        lines.append(Line(True, f"rollouts by {parts.engine.client.facts}"))
-    lines += [*trial(ground, parts), null_teacher(ground, parts)]
-    parts.engine.close()
-    return lines
+    with closing(parts.engine):
+        if isinstance(parts.engine, VllmEngine):
+            lines.append(Line(True, f"rollouts by {parts.engine.client.facts}"))
+        return [*lines, *trial(ground, parts), null_teacher(ground, parts)]
 
 
 def environment(ground: Ground) -> list[Line]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from selftaught.data import Dataset, Renderer
@@ -56,6 +57,17 @@ def make_engine(run: Run, client: Client | None, backbone: Backbone, tokenizer: 
     engine = VllmEngine(client, tokenizer, stop_ids, tuple(shut))
     engine.sync(backbone.exported(), 0)
     return engine
+
+
+@contextmanager
+def freed_on_error(held: Client | Engine | None) -> Iterator[None]:
+    """What fails here closes `held`: a vLLM keeps its memory otherwise, and nobody could reach it any more."""
+    try:
+        yield
+    except BaseException:
+        if held is not None:
+            held.close()
+        raise
 
 
 def serve(model: str, options: Sequence[str]) -> None:

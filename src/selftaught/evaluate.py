@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import chain, count, takewhile
 from pathlib import Path
@@ -197,15 +197,15 @@ def _complete(ground: Ground, folder: RunFolder, run: Run, say: Say) -> list[dic
         rest = f"sampling the other {len(plan) - len(there)}" if len(there) < len(plan) else "none is missing"
         say(f"{len(there)} of {len(plan)} completions are there; {rest}")
     backbone, engine = load_engine(ground)
-    _begin(folder, run, digest(backbone.model))
-    for rows in _missing(ground, engine, asked, there):
-        try:
-            append_rows(folder.completions, rows)
-        except OSError as error:
-            raise UserError(f"{folder.completions} cannot be written ({error.strerror}); free some space and give the "
-                            "same command with --resume") from error
-        there |= {(row["problem"], row["sample"]): row for row in rows}
-    engine.close()
+    with closing(engine):
+        _begin(folder, run, digest(backbone.model))
+        for rows in _missing(ground, engine, asked, there):
+            try:
+                append_rows(folder.completions, rows)
+            except OSError as error:
+                raise UserError(f"{folder.completions} cannot be written ({error.strerror}); free some space and give "
+                                "the same command with --resume") from error
+            there |= {(row["problem"], row["sample"]): row for row in rows}
     return [there[key] for key in plan]
 
 

@@ -133,6 +133,8 @@ def _multiplies_wide() -> bool:
     one = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
     try:
         _into_wide(one, one, torch.zeros(16, 16, device="cuda"))
+    except torch.OutOfMemoryError:  # says nothing of what the device can
+        raise
     except (RuntimeError, TypeError):  # not of this kind of device, or not of this torch
         return False
     return True

@@ -2,8 +2,8 @@
 
 Everything is in float32 and in nats. `scale` multiplies logits as they are read (1 / temperature). P and Q are
 softmaxes of logits; a token of probability 0 under P adds 0 to KL(P||Q), one that is impossible under Q alone makes it
-infinite. A row whose incoming gradient is 0 gets a gradient of 0 and is not read: an infinite loss that nobody weighs
-stays nobody's. Maxima and masses are kept up while a row is read (online softmax, arXiv 1805.02867).
+infinite. A row of a divergence whose incoming gradient is 0 gets a gradient of 0 and is not read: an infinite loss
+that nobody weighs stays nobody's. Maxima and masses are kept up while a row is read (online softmax, arXiv 1805.02867).
 """
 
 from __future__ import annotations
@@ -67,6 +67,12 @@ def _weighed(e, x):
 
 
 @triton.jit
+def _at(z_ptr, row_start, token, size):
+    """The logit of a token; NaN of an id that the vocabulary does not have."""
+    return tl.load(z_ptr + row_start + token, mask=(token >= 0) & (token < size), other=float("nan"))
+
+
+@triton.jit
 def _moved(total, mass, high, higher):
     """sum e^(z - high) (z - high) of a mass e^(z - high), from one maximum to the next."""
     shift = high - higher
@@ -107,7 +113,7 @@ def _statistics(z_ptr, stride, scale, tokens_ptr, size, mask_ptr, lse_ptr, logp_
     if REST:
         tl.store(rest_ptr + row, _finite(rest_high) + tl.log(rest))
     token = tl.load(tokens_ptr + row)
-    tl.store(logp_ptr + row, tl.load(z_ptr + row * stride + token) * scale - lse)
+    tl.store(logp_ptr + row, _at(z_ptr, row * stride, token, size) * scale - lse)
     tl.store(entropy_ptr + row, tl.log(mass) - dot / mass)
 
 
@@ -115,8 +121,8 @@ def statistics(logits_nV: Tensor, tokens_n: Tensor, scale: float) -> Statistics:
     """One read of the logits."""
     lse, logp, entropy = (logits_nV.new_empty(logits_nV.shape[0]) for _ in range(3))
     _statistics[(logits_nV.shape[0],)](
-        logits_nV, logits_nV.stride(0), scale, tokens_n, logits_nV.shape[1], logits_nV, lse, logp, entropy, lse,
-        REST=False, BLOCK=BLOCK, num_warps=WARPS)
+        logits_nV, logits_nV.stride(0), scale, tokens_n.contiguous(), logits_nV.shape[1], logits_nV, lse, logp, entropy,
+        lse, REST=False, BLOCK=BLOCK, num_warps=WARPS)
     return Statistics(lse, logp, entropy)
 
 
@@ -124,8 +130,8 @@ def statistics_and_rest(logits_nV: Tensor, tokens_n: Tensor, scale: float, top_n
     """The same, and the log-sum-exp (n,) of the logits that `top` (n, V), of bytes, does not name."""
     lse, logp, entropy, rest = (logits_nV.new_empty(logits_nV.shape[0]) for _ in range(4))
     _statistics[(logits_nV.shape[0],)](
-        logits_nV, logits_nV.stride(0), scale, tokens_n, logits_nV.shape[1], top_nV, lse, logp, entropy, rest,
-        REST=True, BLOCK=BLOCK, num_warps=WARPS)
+        logits_nV, logits_nV.stride(0), scale, tokens_n.contiguous(), logits_nV.shape[1], top_nV, lse, logp, entropy,
+        rest, REST=True, BLOCK=BLOCK, num_warps=WARPS)
     return Statistics(lse, logp, entropy), rest
 
 
@@ -161,8 +167,8 @@ def _kl(p_ptr, p_stride, p_scale, q_ptr, q_stride, q_scale, tokens_ptr, size, kl
     tl.store(kl_ptr + row, (p_dot / p_mass - tl.log(p_mass)) - (cross / p_mass - tl.log(q_mass)))
     tl.store(p_lse_ptr + row, p_lse)
     tl.store(q_lse_ptr + row, q_lse)
-    tl.store(p_logp_ptr + row, tl.load(p_ptr + row * p_stride + token) * p_scale - p_lse)
-    tl.store(q_logp_ptr + row, tl.load(q_ptr + row * q_stride + token) * q_scale - q_lse)
+    tl.store(p_logp_ptr + row, _at(p_ptr, row * p_stride, token, size) * p_scale - p_lse)
+    tl.store(q_logp_ptr + row, _at(q_ptr, row * q_stride, token, size) * q_scale - q_lse)
     tl.store(p_entropy_ptr + row, tl.log(p_mass) - p_dot / p_mass)
     tl.store(q_entropy_ptr + row, tl.log(q_mass) - q_dot / q_mass)
 
@@ -171,8 +177,8 @@ def kl(p_nV: Tensor, q_nV: Tensor, tokens_n: Tensor, p_scale: float, q_scale: fl
        ) -> tuple[Tensor, Statistics, Statistics]:
     """KL(P||Q) (n,), and the statistics of both: one read of each."""
     out, *each = (p_nV.new_empty(p_nV.shape[0]) for _ in range(7))
-    _kl[(p_nV.shape[0],)](p_nV, p_nV.stride(0), p_scale, q_nV, q_nV.stride(0), q_scale, tokens_n, p_nV.shape[1], out,
-                          *each, BLOCK=BLOCK // 2, num_warps=WARPS)
+    _kl[(p_nV.shape[0],)](p_nV, p_nV.stride(0), p_scale, q_nV, q_nV.stride(0), q_scale,
+                          tokens_n.contiguous(), p_nV.shape[1], out, *each, BLOCK=BLOCK // 2, num_warps=WARPS)
     return out, Statistics(*each[:3]), Statistics(*each[3:])
 
 
@@ -294,8 +300,8 @@ def _sampled_gradient(z_ptr, stride, scale, lse_ptr, tokens_ptr, size, grad_ptr,
 def sampled_gradient(logits_nV: Tensor, tokens_n: Tensor, scale: float, lse: Tensor, grad_n: Tensor) -> Tensor:
     """grad (1[v = token] - p_v), (n, V): of the sampled tokens' log-probs in the logits."""
     out = torch.empty(logits_nV.shape, dtype=logits_nV.dtype, device=logits_nV.device)
-    _sampled_gradient[(logits_nV.shape[0],)](logits_nV, logits_nV.stride(0), scale, lse, tokens_n, logits_nV.shape[1],
-                                             grad_n.contiguous(), out, BLOCK=BLOCK, num_warps=WARPS)
+    _sampled_gradient[(logits_nV.shape[0],)](logits_nV, logits_nV.stride(0), scale, lse, tokens_n.contiguous(),
+                                             logits_nV.shape[1], grad_n.contiguous(), out, BLOCK=BLOCK, num_warps=WARPS)
     return out
 
 

@@ -35,22 +35,22 @@ class Reduced:
 class _Gradients:
     """What the student's side is multiplied with, chunk after chunk, and the gradients that come of it.
 
-    Where the device multiplies 16-bit tensors into float32 sums, the logits' gradients are rounded to 16 bits and those
-    of several chunks are gathered for one product; elsewhere all is in float32, chunk by chunk.
+    Where the device multiplies bfloat16 into float32 sums, the logits' gradients are rounded to bfloat16 and those of
+    several chunks are gathered for one product; elsewhere all is in float32, chunk by chunk.
     """
 
     def __init__(self, states_NH: Tensor, head: Head, needs: Sequence[bool], head_grad: Tensor | None) -> None:
         weight_VH, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-        self.narrow = is_wide(states_NH, weight_VH)
-        self.states = states_NH
-        self.weights = weight_VH if self.narrow else upcast(weight_VH)
+        self.narrow = weight_VH.dtype == torch.bfloat16 and is_wide(states_NH, weight_VH)  # float16 is too short for it
+        self.states: Tensor = states_NH
+        self.weights: Tensor = weight_VH if self.narrow else upcast(weight_VH)
         self.offsets = None if bias is None else upcast(bias)
         self._dtype, self.wide = weight_VH.dtype, upcast(weight_VH[:0]).dtype
         self.any = any(needs)
         self.hidden = torch.zeros_like(states_NH) if needs[0] else None
         self.weight = head_grad if needs[1] else None  # None: the first product makes it, faster than filling zeros
         self.bias = torch.zeros_like(self.offsets) if needs[2] and self.offsets is not None else None
-        self.placed = head_grad is not None  # the weight's is where it belongs already
+        self.placed = needs[1] and head_grad is not None  # the weight's is where it belongs already
         self._needs_weight = needs[1]
         self._gathered: Tensor | None = None  # (rows, V), of which `_filled` are from `_first` on
         self._first = self._filled = 0
@@ -92,6 +92,7 @@ class _Gradients:
         if self._needs_weight:
             weight = torch.zeros_like(self.weights, dtype=self.wide) if self.weight is None else self.weight
             self.weight = weight if self.placed else weight.to(self._dtype)
+        del self.weights, self.states, self.offsets  # autograd keeps this object until the backward pass
 
     def hand_out(self, scale: Tensor, keep: bool) -> list[Tensor | None]:
         """The gradients times `scale`; unless they are to be kept, the last reference to them.

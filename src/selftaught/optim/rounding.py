@@ -49,14 +49,15 @@ def update(parameter: Tensor, grad: Tensor, moments: dict[str, Tensor], random: 
     """
     if not moments:
         moments["step"] = torch.zeros((), device=parameter.device)
-        moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
+        moments |= {name: torch.zeros_like(grad, memory_format=torch.contiguous_format)
+                    for name in ("exp_avg", "exp_avg_sq")}
     flat = [torch.atleast_1d(t) for t in (parameter.detach(), grad, moments["exp_avg"], moments["exp_avg_sq"])]
     block_size = CPU_BLOCK if parameter.is_cpu else BLOCK
     rows = max(1, block_size * flat[0].shape[0] // max(1, parameter.numel()))
     done = moments["step"]
     for narrow, block, average, square in zip(*(t.split(rows) for t in flat), strict=True):
-        wide, done = narrow.float(), moments["step"].clone()
-        adamw([wide], [block], [average], [square], [], [done], fused=True, amsgrad=False, maximize=False, lr=lr,
-              beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
+        wide, done = narrow.float(memory_format=torch.contiguous_format), moments["step"].clone()
+        adamw([wide], [block.contiguous()], [average], [square], [], [done], fused=True, amsgrad=False, maximize=False,
+              lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
         narrow.copy_(rounded_at_random(wide, random))
     moments["step"] = done

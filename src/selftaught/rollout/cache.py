@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from selftaught.tensors import is_wide, upcast
+
 FIRST_CAPACITY = 32
 
 
@@ -16,9 +18,9 @@ def _held(key: Tensor) -> Tensor:
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
     """Their product in float32 at least: a score of 10 that is rounded to bfloat16 moves its weight by up to 2%."""
-    if query.dtype == key.dtype and query.dtype.itemsize < 4:
+    if is_wide(query, key):
         return torch.bmm(query, key, out_dtype=torch.float32)
-    return torch.bmm(query.to(key.dtype), key)
+    return torch.bmm(upcast(query), upcast(key))
 
 
 class DecodeCache:

@@ -117,7 +117,7 @@ class Server:
         self._closed = True
         with self._lock:
             for connection in self._open:
-                with contextlib.suppress(OSError):  # it has ended by itself
+                with contextlib.suppress(OSError, AttributeError):  # it has ended by itself, and may have no socket
                     connection.sock.shutdown(socket.SHUT_RDWR)
         self._pool.shutdown(wait=True, cancel_futures=True)
 

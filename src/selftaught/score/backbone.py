@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -25,9 +25,10 @@ from selftaught.score.export import exported
 from selftaught.score.fused import Fused
 from selftaught.score.heap import MAPPED_FROM
 from selftaught.score.turned import TurnedLayers
-from selftaught.tensors import Packed, pack, upcast
+from selftaught.tensors import Packed, is_wide, pack, upcast
 from selftaught.vocabulary import Head, project
 
+PROBE_HEAD, PROBE_TAIL, PROBE_WRITTEN = 24, 40, 16  # tokens of each: enough for a shared prefix, bounded in memory
 PROBE_TOLERANCE = 1e-3  # of the largest logit; in float32 layouts differ by the order of sums alone
 LOW_TOLERANCE = 0.1  # the same in bfloat16
 Named = Mapping[str, Tensor]
@@ -69,6 +70,8 @@ class Backbone:
         self._upcast: Head | None = None  # the head in float32, until the last of them closes
         recurrent = "cache_params" in inspect.signature(self._base.forward).parameters  # as Mamba calls its state
         self._cache = "cache_params" if recurrent else "past_key_values"
+        with torch.no_grad(), self._attention(NAME):
+            self._turned.prepare()  # on the weights of the start: a run that resumes decides the same
 
     @property
     def device(self) -> torch.device:
@@ -90,12 +93,12 @@ class Backbone:
     def logits(self, hidden_nH: Tensor) -> Tensor:
         """(n, V) in float32, under the model's own weights.
 
-        Inside `frozen`, where weights do not change, the head's float32 copy is made once: it is needed at every token.
+        Inside `frozen`, where weights do not change, a float32 copy of the head is made once, if the device needs one.
         """
         head = self.head()
         if not self._frozen:
             return project(hidden_nH, head)
-        if head.weight.dtype != upcast(head.weight[:0]).dtype:
+        if head.weight.dtype != upcast(head.weight[:0]).dtype and not is_wide(hidden_nH, head.weight):
             if self._upcast is None:
                 self._upcast = replace(head, weight=upcast(head.weight.detach()))
             head = self._upcast
@@ -171,11 +174,8 @@ class Backbone:
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """`frozen`, with the fused modules and the turned layers in place once for many steps."""
-        with self.frozen(), self._fused.installed():
-            with self._attention(NAME):
-                self._turned.prepare()
-            with self._turned.installed():
-                yield
+        with self.frozen(), self._fused.installed(), self._turned.installed():
+            yield
 
     @contextmanager
     def accumulating(self, gathered: Callable[[Parameter], Tensor | None] | None = None) -> Iterator[Tensor | None]:
@@ -206,7 +206,7 @@ class Backbone:
         activations and the next would find no room: .07 GB of a 135M model's peak. Larger ones are mapped one by one.
         """
         small = [p for p in self.model.parameters() if p.requires_grad and p.is_cpu and p.dtype == torch.float32
-                 and p.dim() == 2 and p.numel() * p.itemsize < MAPPED_FROM]
+                 and p.dim() == 2 and p.is_contiguous() and p.numel() * p.itemsize < MAPPED_FROM]
         block = torch.empty(sum(p.numel() for p in small))
         pieces = block.split([p.numel() for p in small])
         return {id(p): piece.view_as(p) for p, piece in zip(small, pieces, strict=True)}
@@ -301,3 +301,13 @@ def _logit_transform(config: Any) -> tuple[float, float | None]:
     if getattr(config, "logit_scale", None):  # Cohere multiplies
         scale = config.logit_scale
     return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def probe(prompts: Sequence[tuple[int, ...]], written: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Two rollouts of each prompt, no longer than the run's own and of at most 80 tokens: their prompts and responses.
+
+    A long prompt keeps its beginning, which others may share, and its end.
+    """
+    written = min(written, PROBE_WRITTEN)
+    short = [ids if len(ids) <= PROBE_HEAD + PROBE_TAIL else (*ids[:PROBE_HEAD], *ids[-PROBE_TAIL:]) for ids in prompts]
+    return [*short, *short], [*(ids[-written:] for ids in reversed(short)), *(ids[-min(3, written):] for ids in short)]
