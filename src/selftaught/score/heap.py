@@ -6,9 +6,6 @@ is used again, and stays with the process among smaller blocks. glibc moves the 
 larger blocks are freed, up to 32 MiB. Here it is fixed above a layer's tensors and below the vocabulary's, and the end
 of the heap is kept. Steps of a 135M model: from 1 MiB 14.8 to 15.8 s in 3.17 GB, from 4 MiB with the end kept 13.3 to
 13.8 s in 3.25 GB, from 32 MiB 13.5 to 14.1 s in 3.34 GB. Who wants it otherwise sets MALLOC_MMAP_THRESHOLD_, in bytes.
-
-Between micro-batches the whole pages of the heap's holes are given back: of the same model .09 GB of the peak, in 25
-thousandths of a second each.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ import sys
 MAPPED_FROM = 2**22  # bytes
 KEPT = 2**30  # bytes, free at the end of the heap
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_fixed = False
 
 
 def fix_heap() -> bool:
@@ -28,20 +24,12 @@ def fix_heap() -> bool:
 
     A size that the user has chosen, by MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES, stays.
     """
-    global _fixed
     chosen = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
     if chosen or not sys.platform.startswith("linux"):
         return False
     try:
         library = ctypes.CDLL(None)
-        _fixed = all(library.mallopt(*pair) == 1 for pair in ((_M_MMAP_THRESHOLD, MAPPED_FROM),
-                                                              (_M_TRIM_THRESHOLD, KEPT)))
-        return _fixed
+        return all(library.mallopt(*pair) == 1 for pair in ((_M_MMAP_THRESHOLD, MAPPED_FROM),
+                                                            (_M_TRIM_THRESHOLD, KEPT)))
     except AttributeError:  # another C library
         return False
-
-
-def give_back_holes() -> None:
-    """Return the whole pages of free blocks inside the heap, and keep its end; nothing where it was not fixed."""
-    if _fixed:
-        ctypes.CDLL(None).malloc_trim(KEPT)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from selftaught.records import Batch, View
 from selftaught.score.backbone import Backbone, Named
-from selftaught.score.heap import give_back_holes
 from selftaught.tensors import Lazy, offsets, pack, split_by_budget, split_padded
 from selftaught.vocabulary import Head, sampled_log_probs
 
@@ -51,7 +50,6 @@ class Scorer:
         layouts = {self._of(view)[0].layout for view in self.views}
         split = split_padded if "plain" in layouts else split_by_budget
         for rollouts in split(contexts, batch.responses, self.token_budget):
-            give_back_holes()  # of the micro-batch before
             yield Micro(rollouts, slice(ends[rollouts[0]], ends[rollouts[-1] + 1]))
 
     def hidden(self, batch: Batch, micro: Micro) -> Lazy:
