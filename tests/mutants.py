@@ -240,8 +240,8 @@ MUTANTS = [
     Mutant(
         "sampler_scores_in_bfloat16",
         "rollout/cache.py",
-        "return torch.bmm(query.to(key.dtype), key)",
-        "return torch.bmm(query.to(key.dtype), key).to(query.dtype)",
+        "return torch.bmm(upcast(query), upcast(key))",
+        "return torch.bmm(upcast(query), upcast(key)).to(query.dtype)",
         "test_precision.py",
     ),
     Mutant(
