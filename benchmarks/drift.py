@@ -39,7 +39,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from head import _peak, _reset
+from shared import forget_peak, peak_since
 
 ARMS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
@@ -201,13 +201,13 @@ def measure(arm: str, work: str, **given: Any) -> dict[str, Any]:
     probe = make_batch(sampled, Judge(sampled).result(), [None] * len(sampled), 0, parts.backbone.device)
     rows, seconds, peak = [row_of(arm, folder, session, probe, {})], [], 0.0
     for number in range(1, given["steps"] + 1):
-        _reset(device)
+        forget_peak(device)
         began = time.monotonic()
         metrics = step(session)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - began - metrics["time/sample"])
-        peak = max(peak, _peak(device))
+        peak = max(peak, peak_since(device))
         session.done = number
         if number % given["every"] == 0 or number == given["steps"]:
             rows.append(row_of(arm, folder, session, probe, metrics))

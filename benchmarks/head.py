@@ -31,16 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import head_peers
+from shared import forget_peak, peak_since
 
 SIDES = ("ours", "dense", "floor")
 FURTHER = ("eager", "compiled", "liger", "liger-eager", "trl")
 CHUNK = 128  # tokens at a time of the floor's products
-
-
-def resident(name: str) -> float:
-    """VmRSS or VmHWM of this process in GB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e9
 
 
 def measure(side: str, tokens: int, vocabulary: int, width: int, dtype: str, device: str, runs: int,
@@ -123,7 +118,7 @@ def measure(side: str, tokens: int, vocabulary: int, width: int, dtype: str, dev
     gradients = sum(t.numel() * t.element_size() for t in ([student] if narrow else [student, head])) / 1e9
     for _ in range(runs + 1):
         student.grad = head.grad = None
-        before = _reset(device)
+        before = forget_peak(device)
         if device == "cuda":
             torch.cuda.synchronize()
         began = time.monotonic()
@@ -131,28 +126,11 @@ def measure(side: str, tokens: int, vocabulary: int, width: int, dtype: str, dev
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - began)
-        peak = max(peak, _peak(device) - before - gradients)
+        peak = max(peak, peak_since(device) - before - gradients)
     return {"side": side, "tokens": tokens, "vocabulary": vocabulary, "width": width, "dtype": dtype,
             "chunk": chunk, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "seconds": [round(s, 5) for s in seconds[1:]], "median_s": round(statistics.median(seconds[1:]), 5),
             "peak_gb": round(peak, 3), "loss": loss}  # fmt: skip
-
-
-def _reset(device: str) -> float:
-    """Forget the peak so far; returns what is held now, in GB."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 1e9
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def _peak(device: str) -> float:
-    import torch
-
-    return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else resident("VmHWM")
 
 
 def main() -> None:

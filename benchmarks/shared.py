@@ -103,8 +103,33 @@ def peak_gb() -> float:
 
     Not by getrusage: what that says of a process begins with the memory of the one that started it.
     """
+    return round(resident("VmHWM"), 3)
+
+
+def resident(name: str) -> float:
+    """VmRSS or VmHWM of this process in GB."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9, 3)
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e9
+
+
+def forget_peak(device: str) -> float:
+    """Forget the peak of memory so far, on a GPU of what was allocated there; returns what is held now, in GB."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return float(torch.cuda.memory_allocated() / 1e9)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak_since(device: str) -> float:
+    """The peak since it was forgotten, in GB."""
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.max_memory_allocated() / 1e9)
+    return resident("VmHWM")
 
 
 # Turns within one process.

@@ -345,12 +345,12 @@ def test_a_server_that_dies_costs_one_step_and_the_run_goes_on_with_another(home
 
 
 def test_close_breaks_off_what_is_under_way(home: Path, double: Double, model: Any) -> None:
-    held = threading.Event()
+    held, all_there = threading.Event(), threading.Barrier(3 * 4 + 1)
     engine = VllmEngine(Server(VllmConfig(url=double.url)), AutoTokenizer.from_pretrained(home / "model"), frozenset())
     engine.sync(exported(model), 0)
-    double.faults["/inference/v1/generate"] = lambda body: held.wait(60)
+    double.faults["/inference/v1/generate"] = lambda body: (all_there.wait(30), held.wait(60))
     engine.submit(requests(), 4, Sampling(max_completion_length=4))
-    time.sleep(0.2)
+    all_there.wait(30)
     began = time.monotonic()
     engine.close()
     assert time.monotonic() - began < 10

@@ -131,6 +131,15 @@ class Engine(Protocol):
         ...
 
 
+def sampled(engine: Engine, requests: Sequence[Request], n: int, sampling: Sampling) -> list[Rollout]:
+    """An engine's `sample`: `submit`, then `poll` until all is back."""
+    engine.submit(requests, n, sampling)
+    rollouts: list[Rollout] = []
+    while batch := engine.poll():
+        rollouts += batch
+    return rollouts
+
+
 def seed_of(request: Request, sample: int, bits: int) -> int:
     """The seed in [0, 2^bits) of one rollout, a function of (seed, step, problem, sample) and of nothing else."""
     key = f"{request.seed}/{request.step}/{request.problem.id}/{sample}".encode()

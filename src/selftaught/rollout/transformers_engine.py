@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selftaught.records import Finish, Request, Rollout, Sampling
 from selftaught.rollout.cache import DecodeCache
-from selftaught.rollout.engine import text_of, uniforms
+from selftaught.rollout.engine import sampled, text_of, uniforms
 from selftaught.rollout.sampling import draw, greedy, truncate
 
 MARGIN = 4  # tokens decoded beyond the length of a stop string: they may be cut inside a character, or be special
@@ -87,11 +87,7 @@ class TransformersEngine:
 
     def sample(self, requests: Sequence[Request], n: int, sampling: Sampling) -> list[Rollout]:
         """n responses to each request, in order."""
-        self.submit(requests, n, sampling)
-        rollouts: list[Rollout] = []
-        while batch := self.poll():
-            rollouts += batch
-        return rollouts
+        return sampled(self, requests, n, sampling)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """The weights are the trainer's own: only the version changes."""

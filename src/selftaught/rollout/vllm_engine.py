@@ -19,7 +19,7 @@ from torch import Tensor
 
 from selftaught.errors import UserError
 from selftaught.records import Finish, Request, Rollout, Sampling
-from selftaught.rollout.engine import seed_of, text_of
+from selftaught.rollout.engine import sampled, seed_of, text_of
 
 NEWEST = "vLLM 0.32 or newer"  # what is asked of it: token ids over HTTP, reloading in place, the version of weights
 NEVER = -100.0  # added to a logit: the most that vLLM takes, and e^-100 is no probability
@@ -120,11 +120,7 @@ class VllmEngine:
 
     def sample(self, requests: Sequence[Request], n: int, sampling: Sampling) -> list[Rollout]:
         """n responses to each request, in order."""
-        self.submit(requests, n, sampling)
-        rollouts: list[Rollout] = []
-        while batch := self.poll():
-            rollouts += batch
-        return rollouts
+        return sampled(self, requests, n, sampling)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take new weights. They are sent when the next response is asked for, so that nothing is sent in vain."""
