@@ -405,6 +405,15 @@ def test_the_picture_is_a_png_and_needs_no_matplotlib_to_go_on(tmp_path: Path, m
     assert not write_curves([folder.path], tmp_path / "other.png") and not (tmp_path / "other.png").exists()
 
 
+def test_the_steps_beneath_a_picture_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, out: drawn.append(figure))
+    write_curves([filled(tmp_path / "demo").path], tmp_path / "curves.png")
+    for axes in drawn[0].axes:
+        axes.set_xlim(1, 3)
+        assert {1.0, 2.0, 3.0} <= set(axes.get_xticks()) and all(tick % 1 == 0 for tick in axes.get_xticks())
+
+
 def test_the_model_card_has_valid_front_matter_results_and_citation() -> None:
     card = model_card({**RUN, "model": "Qwen/Qwen3-1.7B"}, results(), arxiv="2604.03128")
     front = yaml.safe_load(card.split("---\n")[1])

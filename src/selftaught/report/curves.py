@@ -33,6 +33,7 @@ def write_curves(folders: Sequence[Path | str], out: Path | str) -> bool:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e3e5e8")
         axes.set_axisbelow(True)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 1.5
     if right.get_legend_handles_labels()[1]:
         right.legend(frameon=False, fontsize=8)
     figure.savefig(out)
