@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import yaml
 
 from tiny import save_tiny
@@ -109,6 +110,8 @@ def forked(action: Callable[[], int], log: Path) -> int:
             os.dup2(descriptor, 2)
             sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
             try:
+                # A fork spoils torch's pool of threads. One thread mends it; a model loader's would do so all at once.
+                torch.set_num_threads(torch.get_num_threads())
                 code = action()
             except BaseException:
                 traceback.print_exc()

@@ -11,10 +11,11 @@ from torch import Tensor
 
 import families
 from selftaught.records import Sampling
+from selftaught.rollout import cache
 from selftaught.rollout.cache import DecodeCache
-from selftaught.score import Backbone
+from selftaught.score import Backbone, turned
 from selftaught.score.turned import _Layer
-from selftaught.tensors import FEW, _has_onednn
+from selftaught.tensors import FEW, _has_onednn, scripted
 from test_rollout import HEAD, PROMPTS, engine, requests, tokens
 
 TURNED = ("llama", "smollm", "qwen2", "qwen3")
@@ -48,6 +49,12 @@ def reference(model: Any, read: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.stack([double.model(input_ids=row, use_cache=False).last_hidden_state[0, -read.shape[1] :]
                             for row in rows], dim=1)
+
+
+@pytest.mark.parametrize("function", [turned._norm, turned._rotated, turned._product, turned._sum, turned._gated_sum,
+                                      cache._attend], ids=lambda f: f.__name__)
+def test_what_a_decoding_step_repeats_is_known_to_torchs_compiler(function: Any) -> None:
+    assert isinstance(scripted(function), torch.jit.ScriptFunction)
 
 
 def test_layers_of_the_known_shape_are_turned_while_decoding_and_no_others() -> None:

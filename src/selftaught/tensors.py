@@ -10,11 +10,12 @@ Shape suffixes, used everywhere:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,28 +68,38 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
+@cache
+def scripted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as TorchScript, which calls one operator after the other without Python between them.
+
+    As it is, where this torch cannot. For small tensors Python takes as long as the operators: a decoding step of 16
+    rows of a 135M model 61 against 54 ms.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is frozen, and says so
+        try:
+            return torch.jit.script(function)
+        except Exception:  # of its compiler, or of a torch that has it no more
+            return function
+
+
 def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, (..., K) by (M, K) to (..., M); in autograd's graph the plain product.
 
     torch's usual library copies the weight into its own order first, which with few rows is most of the work, and on an
     AMD processor takes its slower kernels in float32. oneDNN copies its right factor alone: with few rows that is x, in
     W x^T. Weights of a 135M model out of memory, two cores with AVX-512: 16 rows 52 against 33 ms, 64 rows 128 against
-    93, 380 rows 490 against 430; a head of 49,152 rows 19 against 7, 40 against 23, and 64 rows of it at a time after.
+    93, 380 rows 490 against 430; a head of 49,152 rows 19 against 7, and 40 against 22, where it is not turned.
     """
     if not _for_onednn(x, weight):
         return x @ weight.t()
-    rows = x.numel() // x.shape[-1]
-    if rows <= FEW and weight.is_contiguous():
-        out = turned(x.reshape(rows, -1), weight).t()
-        out = out.contiguous() if rows > 1 else out.clone()  # of one row it is contiguous, and a view
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
-    if weight.shape[0] >= WIDE and weight.is_contiguous():
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
-        flat, filled = x.reshape(rows, -1), out.view(rows, -1)
-        for start in range(0, rows, FEW):
-            filled[start : start + FEW] = turned(flat[start : start + FEW], weight).t()
-        return out
-    return _onednn(x, weight)
+    rows, width = x.numel() // x.shape[-1], weight.shape[0]
+    if rows > (FEW if width < WIDE else FEW // 2) or not weight.is_contiguous():
+        return _onednn(x, weight)
+    flat, out = x.reshape(rows, -1), x.new_empty(rows, width)
+    for start in range(0, width, WIDE):  # turned back while it is in a cache
+        out[:, start : start + WIDE] = turned(flat, weight[start : start + WIDE]).t()
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], width)  # a view could not be changed in place by autograd
 
 
 def turns(x: Tensor, *weights: Tensor) -> bool:
@@ -99,16 +110,6 @@ def turns(x: Tensor, *weights: Tensor) -> bool:
 def turned(x: Tensor, weight: Tensor) -> Tensor:
     """W x^T, (M, rows) of x (rows, K)."""
     return _onednn(weight, x)
-
-
-def turned_swish(x: Tensor, weight: Tensor) -> Tensor:
-    """silu(W x^T), as `turned`."""
-    return torch.ops.mkldnn._linear_pointwise.default(weight, x, None, "swish", [], "")
-
-
-def turned_with(how: str, other: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`other` (M, rows) + or * W x^T, by `how`: "add" or "mul"."""
-    return torch.ops.mkldnn._linear_pointwise.binary(weight, other, x, None, how)
 
 
 def _for_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -159,6 +160,14 @@ def add_product(out: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     if is_wide(a, b):
         return _into_wide(a.t(), b, out)
     return a.t() @ b if out is None else out.addmm_(a.t(), b)
+
+
+def keeps_graph() -> bool:
+    """Was the running backward pass asked to retain its graph? True where this torch does not say."""
+    try:
+        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    except AttributeError:
+        return True
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:

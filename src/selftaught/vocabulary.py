@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,10 +91,14 @@ class _AtSampled(torch.autograd.Function):
         if grad_n is None:
             return None, None
         logits_nV, tokens_n = ctx.saved_tensors
-        probs = torch.log_softmax(logits_nV, dim=-1).exp() if ctx.probs is None else ctx.probs  # if retained: anew
-        ctx.probs = None
-        grad = probs.mul_(-grad_n[:, None])
-        return grad.scatter_add_(-1, tokens_n[:, None], grad_n[:, None]), None
+        probs, ctx.probs = ctx.probs, None  # of a retained graph None: anew
+        return _sampled_gradient(logits_nV, tokens_n, grad_n, probs), None
+
+
+def _sampled_gradient(logits_nV: Tensor, tokens_n: Tensor, grad_n: Tensor, probs_nV: Tensor | None = None) -> Tensor:
+    """(n, V), of the sampled tokens' log-probs in the logits; in the memory of the probabilities, if they are given."""
+    probs = torch.log_softmax(logits_nV, dim=-1).exp_() if probs_nV is None else probs_nV
+    return probs.mul_(-grad_n[:, None]).scatter_add_(-1, tokens_n[:, None], grad_n[:, None])
 
 
 class Known(torch.autograd.Function):
@@ -113,12 +117,13 @@ class Known(torch.autograd.Function):
 
 def _entropy(probs_nV: Tensor, log_probs_nV: Tensor) -> Tensor:
     """In nats: (n,), where 0 * -inf is 0."""
-    entropy_n = _minus_dot(probs_nV, log_probs_nV)
-    return _minus_dot(probs_nV, log_probs_nV.clamp(min=NO_MASS)) if torch.isnan(entropy_n).any() else entropy_n
+    entropy_n = -dot(probs_nV, log_probs_nV)
+    return -dot(probs_nV, log_probs_nV.clamp(min=NO_MASS)) if torch.isnan(entropy_n).any() else entropy_n
 
 
-def _minus_dot(p_nV: Tensor, q_nV: Tensor) -> Tensor:
-    return -(p_nV[:, None, :] @ q_nV[:, :, None])[:, 0, 0]
+def dot(p_nV: Tensor, q_nV: Tensor) -> Tensor:
+    """sum_v p_v q_v: (n,), without a tensor of the products."""
+    return (p_nV[:, None, :] @ q_nV[:, :, None])[:, 0, 0]
 
 
 class TokenDist:
@@ -135,7 +140,8 @@ class TokenDist:
         self._some = some
         self.tokens = tokens_n
         self.temperature = temperature
-        self._entropy: Tensor | None = None  # outside autograd, where `at_sampled` found it on its way
+        self._sampled: Tensor | None = None  # both outside autograd, where somebody found them on the way
+        self._entropy: Tensor | None = None
 
     @cached_property
     def _raw(self) -> Tensor:
@@ -168,11 +174,20 @@ class TokenDist:
         """(n, V), divided by the temperature."""
         return self._raw if self.temperature == 1.0 else self._raw / self.temperature
 
+    def note(self, log_probs: Tensor, probs: Tensor | None) -> None:
+        """What others will ask of these log-probs (n, V), and probabilities, which whoever made them does not leave."""
+        self._sampled = log_probs.gather(-1, self.tokens[:, None]).squeeze(-1)
+        if probs is not None and self._entropy is None:
+            self._entropy = _entropy(probs, log_probs)
+
     @cached_property
     def at_sampled(self) -> Tensor:
         """Log-prob of the sampled token in nats: (n,)."""
         if self.in_place:
             return self._at_sampled_in_place()
+        if self._sampled is not None:
+            gradient = partial(_sampled_gradient, self.logits.detach(), self.tokens)
+            return Known.apply(self.logits, self._sampled, gradient)
         if "log_probs" not in self.__dict__ and self.logits.requires_grad and torch.is_grad_enabled():
             sampled_n, self._entropy = _AtSampled.apply(self.logits, self.tokens)
             return sampled_n

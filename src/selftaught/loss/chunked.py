@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selftaught.records import Credit, TokenLoss
-from selftaught.tensors import add_product, fast_linear, is_wide, upcast
+from selftaught.tensors import add_product, fast_linear, is_wide, keeps_graph, upcast
 from selftaught.vocabulary import Head, TokenDist, affine, chunk_size, finish, project
 
 _LOSS = ""  # among the metrics' names
@@ -124,15 +124,7 @@ class _Precomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *ctx.grads.hand_out(scale, _keeps_graph()))
-
-
-def _keeps_graph() -> bool:
-    """Was the running backward pass asked to retain its graph? True where this torch does not say."""
-    try:
-        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-    except AttributeError:
-        return True
+        return (None, None, *ctx.grads.hand_out(scale, keeps_graph()))
 
 
 def masked(loss_n: Tensor, weight_n: Tensor) -> Tensor:

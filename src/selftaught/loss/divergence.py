@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from selftaught.loss import fused
+from selftaught.loss import by_hand, fused
 from selftaught.loss.fused import Distribution, log_probs_of
 from selftaught.tensors import product
+from selftaught.vocabulary import TokenDist
 
-TINY = 1e-30  # a mass below it is summed from its logarithms
 DIVERGENCES = ("js", "kl_student_teacher", "kl_teacher_student")
 
 
@@ -36,8 +34,16 @@ def kl_terms(logp: Tensor, logq: Tensor) -> Tensor:
 
 def kl(p: Distribution, q: Distribution) -> Tensor:
     """KL(P||Q) = sum_v P_v log(P_v / Q_v)."""
-    found = fused.kl(p, q)
+    found = _found("kl", p, q)
     return kl_terms(log_probs_of(p), log_probs_of(q)).sum(-1) if found is None else found
+
+
+def _found(form: str, p: Distribution, q: Distribution, *given: float) -> Tensor | None:
+    """By the GPU's kernels, or by hand; None of log-probs, and where both sides have a gradient."""
+    if not (isinstance(p, TokenDist) and isinstance(q, TokenDist) and fused.width(p) == fused.width(q)):
+        return None
+    found: Tensor | None = getattr(fused, form)(p, q, *given)
+    return getattr(by_hand, form)(p, q, *given) if found is None else found
 
 
 def clipped_kl(p: Distribution, q: Distribution, clip: float | None) -> Tensor:
@@ -47,7 +53,7 @@ def clipped_kl(p: Distribution, q: Distribution, clip: float | None) -> Tensor:
     """
     if clip is None:
         return kl(p, q)
-    found = fused.clipped_kl(p, q, clip)
+    found = _found("clipped_kl", p, q, clip)
     return kl_terms(log_probs_of(p), log_probs_of(q)).clamp(max=clip).sum(-1) if found is None else found
 
 
@@ -56,7 +62,7 @@ def js(p: Distribution, q: Distribution, weight: float = 0.5) -> Tensor:
 
     At most ln 2. Its limits at weight 0 and 1 are 0, not the two KLs: those are functions of their own.
     """
-    if (found := fused.js(p, q, weight)) is not None:
+    if (found := _found("js", p, q, weight)) is not None:
         return found
     logp, logq = log_probs_of(p), log_probs_of(q)
     # What M adds to the gradient sums to 0 over the vocabulary, where P and Q are normalised: it may be constant.
@@ -104,38 +110,10 @@ def with_tail(k: int | None, student: Distribution, *others: Distribution) -> tu
         return (student, *others)
     if (found := fused.with_tail(k, student, others)) is not None:
         return found
-    logps = [log_probs_of(x) for x in (student, *others)]
-    top = logps[0].detach().topk(k, dim=-1).indices
-    return tuple(torch.cat([logp.gather(-1, top), _rest(logp, top)[:, None]], -1) for logp in logps)
-
-
-class _Rest(torch.autograd.Function):
-    """log of the mass outside `top`, (n,) of log-probs (n, V): one tensor as large, which its gradient takes over."""
-
-    @staticmethod
-    def forward(ctx: Any, logp: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-        p = logp.exp().scatter_(-1, top, 0.0)
-        mass = p.sum(-1)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(logp, top)
-            ctx.p, ctx.mass = p, mass
-        ctx.mark_non_differentiable(mass)
-        return mass.log(), mass
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        logp, top = ctx.saved_tensors
-        p = logp.exp().scatter_(-1, top, 0.0) if ctx.p is None else ctx.p  # of a retained graph: anew
-        ctx.p = None
-        return p.div_(ctx.mass[:, None]).mul_(grad[:, None]), None
-
-
-def _rest(logp: Tensor, top: Tensor) -> Tensor:
-    tail, mass = _Rest.apply(logp, top)
-    if bool((mass > TINY).all()):
-        return tail
-    return log_sum_exp(logp.scatter(-1, top, -math.inf), -1)  # of what underflows, too
+    dists = [x if isinstance(x, TokenDist) else TokenDist(x, torch.zeros_like(x[:, 0], dtype=torch.int64))
+             for x in (student, *others)]
+    top = dists[0].logits.detach().topk(k, dim=-1).indices
+    return tuple(by_hand.buckets(dist, top) for dist in dists)
 
 
 def floored(floor: float, *dists: Distribution, alive: Distribution) -> tuple[Tensor, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from selftaught.tensors import is_wide, upcast
+from selftaught.tensors import is_wide, scripted
 
 FIRST_CAPACITY = 32
 
@@ -18,9 +20,44 @@ def _held(key: Tensor) -> Tensor:
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
     """Their product in float32 at least: a score of 10 that is rounded to bfloat16 moves its weight by up to 2%."""
-    if is_wide(query, key):
-        return torch.bmm(query, key, out_dtype=torch.float32)
-    return torch.bmm(upcast(query), upcast(key))
+    if not torch.jit.is_scripting():  # noqa: SIM102 (on a line of its own its compiler leaves out what follows)
+        if is_wide(query, key):
+            return torch.bmm(query, key, out_dtype=torch.float32)
+    return torch.bmm(query, key) if query.dtype == torch.float64 else torch.bmm(query.float(), key.float())
+
+
+def _by_group(x: Tensor, groups: int, slots: Tensor | None) -> Tensor:
+    """(Hkv, B, repeat, ...) to (Hkv groups, slots repeat, ...)."""
+    slotted = x if slots is None else x[:, slots]
+    return slotted.reshape(x.shape[0] * groups, -1, x.shape[3])
+
+
+def _by_row(x: Tensor, groups: int, repeat: int, place: Tensor | None) -> Tensor:
+    """The inverse of `_by_group`, with heads and rows together: (Hkv B, repeat, ...)."""
+    slotted = x.view(x.shape[0] // groups, -1, repeat, x.shape[2])
+    return (slotted if place is None else slotted[:, place]).flatten(0, 1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, prompt_k: Tensor, prompt_v: Tensor, held_k: Tensor,
+            held_v: Tensor, written: int, groups: int, slots: Tensor | None, place: Tensor | None,
+            hidden: Tensor | None, scaling: float) -> Tensor:
+    """`DecodeCache.attend`, once there is room for the token."""
+    kv_heads, rows, width = key.shape
+    repeat, prompt = query.shape[0] // kv_heads, prompt_k.shape[1]
+    held_k.select(2, written).copy_(key)
+    held_v.select(2, written).copy_(value)
+    own_k, own_v = held_k.flatten(0, 1)[:, : written + 1], held_v.flatten(0, 1)[:, : written + 1]
+    q = query.view(kv_heads, repeat, rows, width).transpose(1, 2).contiguous() * scaling
+    on_prompt = _by_row(_scores(_by_group(q, groups, slots), prompt_k.transpose(1, 2)), groups, repeat, place)
+    own = _scores(q.flatten(0, 1), own_k.transpose(1, 2))
+    scores = torch.cat([on_prompt, own], dim=-1)  # (Hkv B, repeat, P + written + 1)
+    if hidden is not None:
+        scores.view(kv_heads, rows, repeat, -1).masked_fill_(hidden, -math.inf)
+    probs = torch.softmax(scores, dim=-1).to(query.dtype)
+    over_prompt = probs.view(kv_heads, rows, repeat, -1)[:, :, :, :prompt]
+    back = _by_row(torch.bmm(_by_group(over_prompt, groups, slots), prompt_v), groups, repeat, place)
+    out = torch.baddbmm(back, probs[:, :, prompt:], own_v).view(kv_heads, rows, repeat, width)
+    return out.transpose(0, 1).reshape(rows, kv_heads * repeat, width)
 
 
 class DecodeCache:
@@ -50,47 +87,22 @@ class DecodeCache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
                window: int | None) -> Tensor:
         """One token of every row: query (Hq, B, D), key and value (Hkv, B, D) to (B, Hq, D)."""
-        (kv_heads, rows, width), repeat = key.shape, query.shape[0] // key.shape[0]
-        own_k, own_v = self._append(layer, key, value)  # (Hkv B, written + 1, D)
         prompt_k, prompt_v = self._flat[layer]
-        prompt = prompt_k.shape[1]
-        q = query.new_empty(kv_heads, rows, repeat, width)
-        torch.mul(query.view(kv_heads, repeat, rows, width).transpose(1, 2), scaling, out=q)
-        on_prompt = self._by_row(_scores(self._by_group(q), prompt_k.transpose(1, 2)), repeat)
-        own = _scores(q.flatten(0, 1), own_k.transpose(1, 2))
-        scores = torch.cat([on_prompt, own], dim=-1)  # (Hkv B, repeat, P + written + 1)
-        hidden = self._hidden(prompt, window)
-        if hidden is not None:
-            scores.view(kv_heads, rows, repeat, -1).masked_fill_(hidden, float("-inf"))
-        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        over_prompt = probs.view(kv_heads, rows, repeat, -1)[..., :prompt]
-        back = self._by_row(torch.bmm(self._by_group(over_prompt), prompt_v), repeat)
-        out = torch.baddbmm(back, probs[..., prompt:], own_v).view(kv_heads, rows, repeat, width)
-        return out.transpose(0, 1).reshape(rows, kv_heads * repeat, width)
+        hidden = self._hidden(prompt_k.shape[1], window)
+        attend = scripted(_attend) if query.is_cpu else _attend
+        return attend(query, key, value, prompt_k, prompt_v, *self._room(layer, key, value), self.written,
+                      self.lengths.shape[0], self._slots, self._place, hidden, scaling)
 
-    def _by_group(self, x: Tensor) -> Tensor:
-        """(Hkv, B, repeat, ...) to (Hkv groups, slots repeat, ...)."""
-        slotted = x if self._full else x[:, self._slots.flatten()]
-        return slotted.flatten(0, 1).view(-1, self._slots.shape[1] * x.shape[2], x.shape[3])
-
-    def _by_row(self, x: Tensor, repeat: int) -> Tensor:
-        """The inverse of `_by_group`, with heads and rows together: (Hkv B, repeat, ...)."""
-        groups, slots = self._slots.shape
-        slotted = x.view(-1, groups, slots, repeat, x.shape[2])
-        return (slotted if self._full else slotted[:, *self._place]).flatten(0, -3)
-
-    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _room(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The responses' keys and values, (Hkv, B, capacity, D), with room for one more token."""
         if layer not in self._response:
             shape = (*key.shape[:2], self._capacity, key.shape[2])
             self._response[layer] = _held(key[:0, :0]).new_empty(shape), value.new_empty(shape)
         held_k, held_v = self._response[layer]
         if self.written >= held_k.shape[2]:
             grow = (0, 0, 0, held_k.shape[2])
-            held_k, held_v = pad(held_k, grow), pad(held_v, grow)
-            self._response[layer] = held_k, held_v
-        held_k.select(2, self.written).copy_(key)
-        held_v.select(2, self.written).copy_(value)
-        return held_k.flatten(0, 1)[:, : self.written + 1], held_v.flatten(0, 1)[:, : self.written + 1]
+            self._response[layer] = pad(held_k, grow), pad(held_v, grow)
+        return self._response[layer]
 
     def _hidden(self, prompt: int, window: int | None) -> Tensor | None:
         """True where a row must not look, (B, 1, P + written + 1): padding, or left by a window; None: nowhere."""
@@ -125,18 +137,20 @@ class DecodeCache:
         self._index_rows()
 
     def _index_rows(self) -> None:
-        """`_slots` (groups, m): row in each slot of a group, padded with the group's first; `_place`: its inverse.
+        """`_slots` (groups m,): row in each slot of a group, padded with the group's first; `_place` (B,): its inverse.
 
-        And `_flat`: the prompts' keys and values as (Hkv groups, P, D).
+        None where slots and rows are the same numbers. And `_flat`: the prompts' keys and values as (Hkv groups, P, D).
         """
         self._flat = {layer: (k.flatten(0, 1), v.flatten(0, 1)) for layer, (k, v) in self._prompt.items()}
         self._whole = bool((self.lengths == next(iter(self._prompt.values()))[0].shape[2]).all())  # no prompt is padded
-        groups = self.lengths.shape[0]
-        counts = torch.bincount(self.row_group, minlength=groups)
-        self._full = bool((counts == counts[0]).all())  # then slots and rows are the same numbers: nothing to gather
-        first = torch.cumsum(counts, 0) - counts
-        slot = torch.arange(int(counts.max()), device=self.row_group.device)[None, :]
-        self._slots = torch.where(slot < counts[:, None], first[:, None] + slot, first[:, None])
-        within = torch.arange(self.row_group.shape[0], device=self.row_group.device) - first[self.row_group]
-        self._place = (self.row_group, within)
         self._masks = {}
+        counts = torch.bincount(self.row_group, minlength=self.lengths.shape[0])
+        most = int(counts.max())
+        self._slots: Tensor | None = None
+        self._place: Tensor | None = None
+        if not bool((counts == most).all()):
+            first = torch.cumsum(counts, 0) - counts
+            slot = torch.arange(most, device=self.row_group.device)[None, :]
+            self._slots = torch.where(slot < counts[:, None], first[:, None] + slot, first[:, None]).flatten()
+            within = torch.arange(self.row_group.shape[0], device=self.row_group.device) - first[self.row_group]
+            self._place = self.row_group * most + within

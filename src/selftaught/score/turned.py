@@ -20,39 +20,71 @@ from torch import Tensor, nn
 
 from selftaught.score.attention import Attends
 from selftaught.score.fused import Fused, close, fused, is_silu
-from selftaught.tensors import FEW, turned, turned_swish, turned_with, turns
+from selftaught.tensors import FEW, scripted, turns
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 PROBE_ROWS = 3
 
 
+def _norm(x: Tensor, weight: Tensor, eps: Tensor, offset: float) -> Tensor:
+    """x (w + offset) / sqrt(mean(x^2) + eps) over the axis before the last."""
+    mean = torch.add(eps, torch.linalg.vecdot(x, x, dim=-2), alpha=1 / x.shape[-2])
+    weight = weight + offset if offset != 0 else weight
+    return (x * mean.rsqrt_().unsqueeze(-2)).mul_(weight[:, None])
+
+
+def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """x cos + rotate_half(x) sin of both, the halves of the middle axis turned against each other: (heads, B, D).
+
+    Given are (heads, D, B), cos and sin as (2, D / 2, B), the sines of the first half negative.
+    """
+    both = torch.cat([query, key])
+    halves = both.view(-1, cos.shape[0], cos.shape[1], cos.shape[2])
+    turned = torch.addcmul(halves * cos, halves.flip(1), sin).view(both.shape).mT
+    return turned[: query.shape[0]], turned[query.shape[0] :]
+
+
+def _product(x_KB: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b, (M, B)."""
+    out = torch.ops.mkldnn._linear_pointwise(weight, x_KB.t(), None, "none", [], "")
+    return out if bias is None else out.add_(bias[:, None])
+
+
+def _sum(x_KB: Tensor, residual_MB: Tensor, weight: Tensor) -> Tensor:
+    """W x + the residual."""
+    return torch.ops.mkldnn._linear_pointwise(weight, residual_MB, x_KB.t(), None, "add")
+
+
+def _gated_sum(x_HB: Tensor, residual_HB: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """D (silu(G x) U x) + the residual."""
+    active = torch.ops.mkldnn._linear_pointwise(gate, x_HB.t(), None, "swish", [], "")
+    inner = torch.ops.mkldnn._linear_pointwise(up, active, x_HB.t(), None, "mul")
+    return torch.ops.mkldnn._linear_pointwise(down, residual_HB, inner.t(), None, "add")
+
+
 class _Norm:
-    """x w / sqrt(mean(x^2) + eps) over the axis before the last."""
+    """An RMS norm's numbers."""
 
     def __init__(self, module: Any, eps: float, offset: float) -> None:
-        self._module, self._offset = module, offset
-        self._eps = torch.tensor(eps)
+        self._module, self._eps, self._offset = module, torch.tensor(eps), offset
 
     def __call__(self, x: Tensor) -> Tensor:
-        mean = torch.add(self._eps, torch.linalg.vecdot(x, x, dim=-2), alpha=1 / x.shape[-2])
-        weight = self._module.weight + self._offset if self._offset else self._module.weight
-        return (x * mean.rsqrt_().unsqueeze(-2)).mul_(weight[:, None])
+        out: Tensor = scripted(_norm)(x, self._module.weight, self._eps, self._offset)
+        return out
 
 
 class _Angles:
-    """Cosines and sines of a step, given as (1, B, D): as (2, D / 2, B), the sines of the first half negative."""
+    """Cosines and sines of a step, given as (1, B, D): as `_rotated` takes them."""
 
     def __init__(self) -> None:
         self._given: Tensor | None = None
 
-    def rotated(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """x cos + rotate_half(x) sin, the halves of the middle axis turned against each other: as x, (heads, D, B)."""
+    def turned(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if self._given is not tables[0]:
             self._given = tables[0]  # kept, so that no other step's can be taken for it
             self._cos, sin = (table[0].t().contiguous().unflatten(0, (2, -1)) for table in tables)
             self._sin = torch.stack([-sin[0], sin[1]])
-        halves = x.view(-1, *self._cos.shape)
-        return torch.addcmul(halves * self._cos, halves.flip(1), self._sin).view(x.shape)
+        return self._cos, self._sin
 
 
 class _Layer:
@@ -90,39 +122,31 @@ class _Layer:
     def run(self, x_HB: Tensor, tables: tuple[Tensor, Tensor], segments: Attends) -> Tensor:
         """The layer itself: (H, B) to (H, B)."""
         normed = self._before(x_HB)
-        query, key, value = [_product(part, normed).view(-1, self._width, normed.shape[1])
+        query, key, value = [_through(part, normed).view(-1, self._width, normed.shape[1])
                              for part in self._projections]
         if self._of_heads:
             query, key = (norm(x) for norm, x in zip(self._of_heads, (query, key), strict=True))
-        both, heads = self._angles.rotated(torch.cat([query, key]), tables), query.shape[0]
-        query, key = both[:heads], both[heads:]
+        query, key = scripted(_rotated)(query, key, *self._angles.turned(tables))
         layer, scaling, window = self.attends
-        seen = segments.attend(layer, query.mT, key.mT, value.mT, scaling, window).flatten(1)  # (B, heads D)
-        x_HB = _sum(self._out, seen.t(), x_HB)
+        seen = segments.attend(layer, query, key, value.mT, scaling, window).flatten(1).t()  # (heads D, B)
+        x_HB = scripted(_sum)(seen, x_HB, self._out.weight) if _plain(self._out) else x_HB + _through(self._out, seen)
         normed, mlp = self._between(x_HB), self._mlp
         if not self._gated:
             return x_HB + mlp(normed.t()).t()
-        gated = turned_swish(normed.t(), mlp.gate_proj.weight)
-        return _sum(mlp.down_proj, turned_with("mul", gated, normed.t(), mlp.up_proj.weight), x_HB)
+        out: Tensor = scripted(_gated_sum)(normed, x_HB, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+        return out
 
 
 def _plain(linear: Any) -> bool:
     return type(linear) is nn.Linear and linear.bias is None
 
 
-def _product(linear: Any, x_KB: Tensor) -> Tensor:
-    """W x + b, (M, B); of an adapted layer by its own forward."""
+def _through(linear: Any, x_KB: Tensor) -> Tensor:
+    """The layer's product, (M, B); of an adapted one by its own forward."""
     if type(linear) is not nn.Linear:
         return linear(x_KB.t()).t()
-    out = turned(x_KB.t(), linear.weight)
-    return out if linear.bias is None else out.add_(linear.bias[:, None])
-
-
-def _sum(linear: Any, x_KB: Tensor, residual_MB: Tensor) -> Tensor:
-    """W x + b + the residual."""
-    if _plain(linear):
-        return turned_with("add", residual_MB, x_KB.t(), linear.weight)
-    return residual_MB + _product(linear, x_KB)
+    out: Tensor = scripted(_product)(x_KB, linear.weight, linear.bias)
+    return out
 
 
 class _Shown:

@@ -1,0 +1,128 @@
+"""Divergences with gradients by hand, against autograd through log-probs in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from selftaught.loss import by_hand, clipped_kl, divergence, js, kl, with_tail
+from selftaught.loss.fused import Distribution
+from selftaught.vocabulary import TokenDist
+
+V, K = 40, 7
+Form = Callable[[Distribution, Distribution], Tensor]
+FORMS: dict[str, Form] = {
+    "kl(T, S)": lambda s, t: kl(t, s),
+    "kl(S, T)": lambda s, t: kl(s, t),
+    "clipped, tight": lambda s, t: clipped_kl(t, s, 0.01),
+    "clipped, loose": lambda s, t: clipped_kl(t, s, 0.5),
+    "js": lambda s, t: js(t, s),
+    "js of the student, .1": lambda s, t: js(s, t, 0.1),
+    "top-k, js": lambda s, t: divergence("js", *reversed(with_tail(K, s, t))),
+    "top-k, kl(S, T)": lambda s, t: kl(*with_tail(K, s, t)),
+}
+
+
+def logits(case: str) -> tuple[Tensor, Tensor]:
+    """Of student and teacher, in float64."""
+    s, t = torch.randn(2, 5, V, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    if case == "loud":
+        s, t = 30 * s, 30 * t
+    elif case == "equal":
+        t = s.clone()
+    elif case == "banned by both":
+        s[:, 3], t[:, 3] = -math.inf, -math.inf
+    return s, t
+
+
+def dense(form: Form, s: Tensor, t: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The form of log-probs, without anything by hand, and its gradient."""
+    s = s.clone().requires_grad_()
+    both = [(x / temperature).log_softmax(-1) for x in (s, t)]
+    if form in (FORMS["top-k, js"], FORMS["top-k, kl(S, T)"]):
+        top = both[0].detach().topk(K).indices
+        both = [torch.cat([x.gather(-1, top), x.scatter(-1, top, -math.inf).logsumexp(-1, keepdim=True)], -1)
+                for x in both]
+        value = js(both[1], both[0]) if form is FORMS["top-k, js"] else kl(both[0], both[1])
+    else:
+        value = form(both[0], both[1])
+    return value.detach(), torch.autograd.grad((value * weight).sum(), s)[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", ["ordinary", "loud", "equal", "banned by both"])
+@pytest.mark.parametrize("name", FORMS)
+def test_value_and_gradient_are_those_of_autograd_also_of_a_graph_that_is_kept(
+    name: str, case: str, dtype: torch.dtype, temperature: float
+) -> None:
+    s, t = logits(case)
+    weight = torch.tensor([1.0, -0.5, 0.0, 2.0, 0.25], dtype=dtype)
+    value, gradient = dense(FORMS[name], s, t, weight.double(), temperature)
+    tokens = torch.arange(5)
+    student = s.to(dtype).requires_grad_()
+    dists = TokenDist(student, tokens, temperature), TokenDist(t.to(dtype), tokens, temperature)
+    found = FORMS[name](*dists)
+    exact = {"atol": 1e-11, "rtol": 1e-11} if dtype == torch.float64 else {"atol": 2e-5, "rtol": 2e-5}
+    torch.testing.assert_close(found.detach().double(), value, **exact)
+    for keep in (True, True, False):
+        (ours,) = torch.autograd.grad((found * weight).sum(), student, retain_graph=keep)
+        torch.testing.assert_close(ours.double(), gradient, **exact)
+    if case == "equal" and "top-k" not in name:
+        assert (found.detach().abs() < 1e-7).all() and (name[0] != "k" or (found == 0).all())
+    for dist, z in zip(dists, (s, t), strict=True):
+        logp = (z / temperature).log_softmax(-1)
+        torch.testing.assert_close(dist.at_sampled.detach().double(), logp.gather(-1, tokens[:, None])[:, 0], **exact)
+        with torch.no_grad():
+            plain = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+            torch.testing.assert_close(dist.entropy().double(), plain, **exact)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_log_prob_beside_a_divergence_has_its_own_gradient(name: str) -> None:
+    s, t = logits("ordinary")
+    student = s.clone().requires_grad_()
+    dist = TokenDist(student, torch.arange(5))
+    FORMS[name](dist, TokenDist(t, torch.arange(5)))
+    (ours,) = torch.autograd.grad(dist.at_sampled.sum(), student)
+    plain = s.clone().requires_grad_()
+    plain.log_softmax(-1).gather(-1, torch.arange(5)[:, None]).sum().backward()
+    torch.testing.assert_close(ours, plain.grad)
+
+
+def test_a_token_that_the_student_cannot_say_costs_infinity_only_where_somebody_weighs_it() -> None:
+    s, t = logits("ordinary")
+    s[1, 3] = -math.inf
+    student = s.clone().requires_grad_()
+    value = kl(TokenDist(t, torch.arange(5)), TokenDist(student, torch.arange(5)))
+    assert value[1] == math.inf and value[[0, 2, 3, 4]].isfinite().all()
+    weighed = torch.where(torch.arange(5) == 1, torch.zeros_like(value), value)
+    (gradient,) = torch.autograd.grad(weighed.sum(), student)
+    assert (gradient[1] == 0).all() and gradient.isfinite().all() and gradient[0].abs().sum() > 0
+
+
+def test_two_sides_with_a_gradient_are_left_to_autograd() -> None:
+    s, t = (z.requires_grad_() for z in logits("ordinary"))
+    dists = [TokenDist(z, torch.arange(5)) for z in (s, t)]
+    assert by_hand.kl(*dists) is None and by_hand.js(*dists, 0.5) is None
+    value = kl(*dists)
+    wanted = kl(s.log_softmax(-1), t.log_softmax(-1))
+    for ours, theirs in zip(torch.autograd.grad(value.sum(), (s, t)), torch.autograd.grad(wanted.sum(), (s, t)),
+                            strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_divergence_holds_few_tensors_of_the_vocabularys_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = torch.log_softmax
+    monkeypatch.setattr(torch, "log_softmax", lambda *a, **k: made.append(1) or real(*a, **k))
+    s, t = logits("ordinary")
+    student = TokenDist(s.requires_grad_(), torch.arange(5))
+    FORMS["kl(T, S)"](student, TokenDist(t, torch.arange(5))).sum().backward()
+    with torch.no_grad():
+        student.entropy()
+    assert len(made) == 2  # one of each side, and none for what is known already
