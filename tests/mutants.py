@@ -259,6 +259,13 @@ MUTANTS = [
         "test_kernels.py",
     ),
     Mutant(
+        "kernel_lanes_joined_as_if_their_maxima_were_one",
+        "kernels/rows.py",
+        "tl.sum(p_mass * p_fade, 0)",
+        "tl.sum(p_mass, 0)",
+        "test_kernels.py",
+    ),
+    Mutant(
         "gathered_gradients_of_the_wrong_tokens",
         "loss/chunked.py",
         "            self._first = rows.start\n",

@@ -28,9 +28,10 @@ V = 2 * rows.BLOCK + 37 if DEVICE == "cuda" else 201  # no multiple of a block
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several blocks to a row, and tensors of the CPU read by the interpreter."""
+    """Several blocks to a row, several logits of each to a lane, and tensors of the CPU read by the interpreter."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(rows, "BLOCK", 128)
+        for name, number in (("BLOCK", 128), ("WARPS", 1), ("VECTOR", 1)):  # 32 lanes
+            monkeypatch.setattr(rows, name, number)
         with kernels.interpreted():
             yield
     else:
@@ -112,6 +113,54 @@ def test_statistics_are_those_of_the_distribution() -> None:
     torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=1e-6)
 
 
+def shapes_of_rows() -> Iterator[tuple[str, Tensor]]:
+    """Name and logits of rows whose lanes differ: in length, in maximum, in having any mass at all."""
+    block = rows.BLOCK
+
+    def drawn(size: int, std: float = 3.0) -> Tensor:
+        z = std * torch.randn(2, size, generator=torch.Generator().manual_seed(size), dtype=torch.float32)
+        return z.double().to(DEVICE)
+
+    yield "shorter than a lane's stride", drawn(13)
+    yield "shorter than a block", drawn(block - 5)
+    last = drawn(3 * block + 3)
+    last[:, -1] += 50.0
+    yield "maximum in the last block", last
+    first = drawn(3 * block + 3)
+    first[:, 0] += 50.0
+    yield "maximum in the first lane", first
+    one = torch.full((2, 2 * block + 9), -torch.inf, dtype=torch.float64, device=DEVICE)
+    one[0, block + 1], one[1, -1] = -7.0, 300.0
+    yield "all but one impossible", one
+    wide = drawn(2 * block + 9)
+    wide[:, ::2] += 1e4
+    wide[:, 1::2] -= 1e4
+    yield "spread of 2e4", wide
+    rising = torch.arange(2 * block + 9, device=DEVICE, dtype=torch.float64).repeat(2, 1)
+    rising[1] = rising[1].flip(0)
+    yield "every block above or below the one before", rising / 8
+
+
+def test_lanes_of_any_content_are_joined() -> None:
+    for name, drawn in shapes_of_rows():
+        z = drawn.float().double()  # what float32 holds too
+        other = (z.flip(0) / 2 + torch.arange(z.shape[1], device=DEVICE) % 5).float().double()
+        other = torch.where(z.isfinite() & other.isfinite(), other, z)
+        tokens = z.argmax(-1)
+        p, q = TokenDist(z.float(), tokens), TokenDist(other.float(), tokens)
+        logp, logq = z.log_softmax(-1), other.log_softmax(-1)
+        terms = torch.where(logp.exp() > 0, logp.exp() * (logp - logq), 0.0)
+        close = {"rtol": 2e-5, "atol": 2e-5, "msg": lambda text, name=name: f"{name}: {text}"}
+        torch.testing.assert_close(kl(p, q).double(), terms.sum(-1), **close)
+        for dist, exact, logits in ((p, logp, z), (q, logq, other)):
+            entropy = -torch.where(exact.exp() > 0, exact.exp() * exact, 0.0).sum(-1)
+            for found in (dist.statistics, TokenDist(dist.raw, tokens).statistics):  # on the way of the KL, and alone
+                torch.testing.assert_close(found.lse.double(), logits.logsumexp(-1), **close)
+                torch.testing.assert_close(found.entropy.double(), entropy, **close)
+                room = {**close, "atol": 2e-5 + 1e-7 * float(logits.amax().abs())}  # float32 holds z and lse
+                torch.testing.assert_close(found.logp.double(), exact.gather(-1, tokens[:, None])[:, 0], **room)
+
+
 def test_a_token_that_is_impossible_for_the_student_alone_costs_infinity_and_teaches_nobody_without_weight() -> None:
     s, t, tokens = pair(3.0)
     s[1, 7] = -torch.inf
@@ -133,6 +182,26 @@ def test_a_tail_far_below_the_top_keeps_its_mass_and_gradient() -> None:
     buckets[:, 7].sum().backward()
     assert student.grad is not None
     torch.testing.assert_close(student.grad[:, 7:].sum(), torch.ones((), device=DEVICE), rtol=1e-5, atol=0)
+
+
+def test_lanes_whose_logits_are_all_among_the_top_leave_the_tail_to_the_others() -> None:
+    s, t, tokens = pair(3.0)
+    lanes = rows._shape(rows.BLOCK)["LANES"]
+    s[:, 5::lanes] += 60.0
+    t[:, 5::lanes] -= 60.0  # the teacher's tail lies far above its top
+    k = s[0, 5::lanes].numel()
+
+    def of(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        student = student.clone().requires_grad_()
+        own, theirs = with_tail(k, TokenDist(student, tokens), TokenDist(teacher, tokens))
+        (own[:, :k].sum() - 2 * own[:, k].sum()).backward()
+        assert student.grad is not None
+        return own.sort(-1).values, theirs.sort(-1).values, student.grad
+
+    with kernels.off():
+        exact = of(s, t)
+    for found, wanted in zip(of(s.float(), t.float()), exact, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=3e-5, atol=3e-5)
 
 
 def test_tokens_may_be_strided_and_one_that_is_none_is_no_other_rows() -> None:
@@ -281,8 +350,9 @@ for kernel, constants in [
     *((rows._statistics, {"REST": rest}) for rest in (False, True)), (rows._kl, {}), (rows._js, {}),
     (rows._clipped, {}), (rows._sampled_gradient, {}), (rows._tail_gradient, {}),
     *((rows._gradient, kind) for kind in kinds)]:
-    constants = {**constants, "BLOCK": rows.BLOCK}
     names = kernel.arg_names
+    shape = rows._shape(rows.BLOCK)
+    constants = {**constants, **{name: shape[name] for name in ("BLOCK", "LANES") if name in names}}
     signature = {name: "constexpr" if name in constants else kind(name) for name in names}
     source = ASTSource(fn=kernel, signature=signature,
                        constexprs={(names.index(name),): value for name, value in constants.items()})

@@ -3,7 +3,8 @@
 Everything is in float32 and in nats. `scale` multiplies logits as they are read (1 / temperature). P and Q are
 softmaxes of logits; a token of probability 0 under P adds 0 to KL(P||Q), one that is impossible under Q alone makes it
 infinite. A row of a divergence whose incoming gradient is 0 gets a gradient of 0 and is not read: an infinite loss
-that nobody weighs stays nobody's. Maxima and masses are kept up while a row is read (online softmax, arXiv 1805.02867).
+that nobody weighs stays nobody's. Maxima and masses are kept up while a row is read (online softmax, arXiv 1805.02867),
+each lane its own, as warps that wait for one another's maxima leave the memory idle; lanes are joined at the row's end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 
 BLOCK = 4096  # logits that a program holds at a time
 WARPS = 8
+VECTOR = 4  # of them, those that a thread reads at once: 16 bytes
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 class Statistics(NamedTuple):
@@ -55,15 +58,21 @@ def _row(z_ptr, stride, row, start, offsets, size, scale):
 
 
 @triton.jit
+def _offsets(BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """(BLOCK / LANES, LANES): a column is a lane, which lies in one thread."""
+    return tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+
+
+@triton.jit
 def _finite(m):
-    """A running maximum to subtract: 0 while every logit was -inf, so that nothing is inf - inf."""
+    """A maximum to subtract: 0 where every logit was -inf, so that nothing is inf - inf."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def _weighed(e, x):
     """e x, and 0 where e is 0: 0 inf is 0."""
-    return tl.where(e > 0, e * x, 0.0)
+    return e * tl.where(e > 0, x, 0.0)
 
 
 @triton.jit
@@ -73,10 +82,9 @@ def _at(z_ptr, row_start, token, size):
 
 
 @triton.jit
-def _moved(total, mass, high, higher):
-    """sum e^(z - high) (z - high) of a mass e^(z - high), from one maximum to the next."""
-    shift = high - higher
-    return _weighed(tl.exp(shift), total + _weighed(mass, shift))
+def _moved(total, mass, fade, shift):
+    """sum e^(z - high) (x - x_high), where mass is sum e^(z - high): high falls by log fade, and x_high by shift."""
+    return _weighed(fade, total + mass * shift)
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
@@ -84,37 +92,46 @@ def _moved(total, mass, high, higher):
 
 @triton.jit
 def _statistics(z_ptr, stride, scale, tokens_ptr, size, mask_ptr, lse_ptr, logp_ptr, entropy_ptr, rest_ptr,
-                REST: tl.constexpr, BLOCK: tl.constexpr):
+                REST: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
-    high = tl.full((), float("-inf"), tl.float32)
-    mass = tl.full((), 0.0, tl.float32)  # sum of e^(z - high)
+    offsets = _offsets(BLOCK, LANES)
+    high = tl.full((LANES,), LOWEST, tl.float32)  # finite: a lane that sees only -inf has no mass, and no inf - inf
+    mass = tl.full((LANES,), 0.0, tl.float32)  # sum of e^(z - high)
     dot = mass  # sum of e^(z - high) (z - high)
     rest_high, rest = high, mass  # of the logits that are not in the mask: they may all lie far below the others
     for start in range(0, size, BLOCK):
         z = _row(z_ptr, stride, row, start, offsets, size, scale)
         higher = tl.maximum(high, tl.max(z, 0))
-        base = _finite(higher)
-        e = tl.exp(z - base)
-        old = tl.where(high == float("-inf"), base, high)
-        fade = tl.exp(old - base)
-        dot = _moved(dot, mass, old, base) + tl.sum(_weighed(e, z - base), 0)
+        x, shift = z - higher[None, :], high - higher
+        e, fade = tl.exp(x), tl.exp(shift)
+        dot = _moved(dot, mass, fade, shift) + tl.sum(_weighed(e, x), 0)
         mass = mass * fade + tl.sum(e, 0)
+        high = higher
         if REST:
-            at = start + offsets
+            at = start + tl.max_contiguous(offsets, [1, 4])  # no 16 bytes a thread, or it would not hold whole lanes
             out = tl.load(mask_ptr + row * size + at, mask=at < size, other=1) == 0
             z = tl.where(out, z, float("-inf"))
-            rest_higher = tl.maximum(rest_high, tl.max(z, 0))
-            rest = rest * tl.exp(rest_high - _finite(rest_higher)) + tl.sum(tl.exp(z - _finite(rest_higher)), 0)
-            rest_high = rest_higher
-        high = higher
-    lse = _finite(high) + tl.log(mass)
+            higher = tl.maximum(rest_high, tl.max(z, 0))
+            rest = rest * tl.exp(rest_high - higher) + tl.sum(tl.exp(z - higher[None, :]), 0)
+            rest_high = higher
+    top = tl.max(high, 0)
+    shift = high - top
+    fade = tl.exp(shift)
+    dot = tl.sum(_moved(dot, mass, fade, shift), 0)
+    mass = tl.sum(mass * fade, 0)
+    lse = top + tl.log(mass)
     tl.store(lse_ptr + row, lse)
     if REST:
-        tl.store(rest_ptr + row, _finite(rest_high) + tl.log(rest))
+        top = tl.max(rest_high, 0)
+        tl.store(rest_ptr + row, top + tl.log(tl.sum(rest * tl.exp(rest_high - top), 0)))
     token = tl.load(tokens_ptr + row)
     tl.store(logp_ptr + row, _at(z_ptr, row * stride, token, size) * scale - lse)
     tl.store(entropy_ptr + row, tl.log(mass) - dot / mass)
+
+
+def _shape(block: int) -> dict[str, int]:
+    """Of a program with lanes: as many as its threads read at once, so that what a lane adds up crosses no threads."""
+    return {"BLOCK": block, "LANES": min(block, 32 * WARPS * VECTOR), "num_warps": WARPS}
 
 
 def statistics(logits_nV: Tensor, tokens_n: Tensor, scale: float) -> Statistics:
@@ -122,7 +139,7 @@ def statistics(logits_nV: Tensor, tokens_n: Tensor, scale: float) -> Statistics:
     lse, logp, entropy = (logits_nV.new_empty(logits_nV.shape[0]) for _ in range(3))
     _statistics[(logits_nV.shape[0],)](
         logits_nV, logits_nV.stride(0), scale, tokens_n.contiguous(), logits_nV.shape[1], logits_nV, lse, logp, entropy,
-        lse, REST=False, BLOCK=BLOCK, num_warps=WARPS)
+        lse, REST=False, **_shape(BLOCK))
     return Statistics(lse, logp, entropy)
 
 
@@ -131,7 +148,7 @@ def statistics_and_rest(logits_nV: Tensor, tokens_n: Tensor, scale: float, top_n
     lse, logp, entropy, rest = (logits_nV.new_empty(logits_nV.shape[0]) for _ in range(4))
     _statistics[(logits_nV.shape[0],)](
         logits_nV, logits_nV.stride(0), scale, tokens_n.contiguous(), logits_nV.shape[1], top_nV, lse, logp, entropy,
-        rest, REST=True, BLOCK=BLOCK, num_warps=WARPS)
+        rest, REST=True, **_shape(BLOCK))
     return Statistics(lse, logp, entropy), rest
 
 
@@ -140,31 +157,37 @@ def statistics_and_rest(logits_nV: Tensor, tokens_n: Tensor, scale: float, top_n
 
 @triton.jit
 def _kl(p_ptr, p_stride, p_scale, q_ptr, q_stride, q_scale, tokens_ptr, size, kl_ptr, p_lse_ptr, p_logp_ptr,
-        p_entropy_ptr, q_lse_ptr, q_logp_ptr, q_entropy_ptr, BLOCK: tl.constexpr):
+        p_entropy_ptr, q_lse_ptr, q_logp_ptr, q_entropy_ptr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
-    p_high = tl.full((), float("-inf"), tl.float32)
+    offsets = _offsets(BLOCK, LANES)
+    p_high = tl.full((LANES,), LOWEST, tl.float32)
     q_high = p_high
-    p_mass = tl.full((), 0.0, tl.float32)
+    p_mass = tl.full((LANES,), 0.0, tl.float32)
     q_mass, p_dot, q_dot = p_mass, p_mass, p_mass
-    cross = p_mass  # sum of e^(p - p_high) (q - q_high)
+    gap = p_mass  # sum of e^(p - p_high) ((p - p_high) - (q - q_high)): of equal sides 0, however it is rounded
     for start in range(0, size, BLOCK):
         p = _row(p_ptr, p_stride, row, start, offsets, size, p_scale)
         q = _row(q_ptr, q_stride, row, start, offsets, size, q_scale)
         p_higher, q_higher = tl.maximum(p_high, tl.max(p, 0)), tl.maximum(q_high, tl.max(q, 0))
-        p_base, q_base = _finite(p_higher), _finite(q_higher)
-        p_old = tl.where(p_high == float("-inf"), p_base, p_high)
-        q_old = tl.where(q_high == float("-inf"), q_base, q_high)
-        p_fade, q_fade = tl.exp(p_old - p_base), tl.exp(q_old - q_base)
-        p_e, q_e = tl.exp(p - p_base), tl.exp(q - q_base)
-        cross = _weighed(p_fade, cross + _weighed(p_mass, q_old - q_base)) + tl.sum(_weighed(p_e, q - q_base), 0)
-        p_dot = _moved(p_dot, p_mass, p_old, p_base) + tl.sum(_weighed(p_e, p - p_base), 0)
-        q_dot = _moved(q_dot, q_mass, q_old, q_base) + tl.sum(_weighed(q_e, q - q_base), 0)
+        p_shift, q_shift = p_high - p_higher, q_high - q_higher
+        p_fade, q_fade = tl.exp(p_shift), tl.exp(q_shift)
+        p_x, q_x = p - p_higher[None, :], q - q_higher[None, :]
+        p_e, q_e = tl.exp(p_x), tl.exp(q_x)
+        gap = _moved(gap, p_mass, p_fade, p_shift - q_shift) + tl.sum(_weighed(p_e, p_x - q_x), 0)
+        p_dot = _moved(p_dot, p_mass, p_fade, p_shift) + tl.sum(_weighed(p_e, p_x), 0)
+        q_dot = _moved(q_dot, q_mass, q_fade, q_shift) + tl.sum(_weighed(q_e, q_x), 0)
         p_mass, q_mass = p_mass * p_fade + tl.sum(p_e, 0), q_mass * q_fade + tl.sum(q_e, 0)
         p_high, q_high = p_higher, q_higher
+    p_top, q_top = tl.max(p_high, 0), tl.max(q_high, 0)
+    p_shift, q_shift = p_high - p_top, q_high - q_top
+    p_fade, q_fade = tl.exp(p_shift), tl.exp(q_shift)
+    gap = tl.sum(_moved(gap, p_mass, p_fade, p_shift - q_shift), 0)
+    p_dot = tl.sum(_moved(p_dot, p_mass, p_fade, p_shift), 0)
+    q_dot = tl.sum(_moved(q_dot, q_mass, q_fade, q_shift), 0)
+    p_mass, q_mass = tl.sum(p_mass * p_fade, 0), tl.sum(q_mass * q_fade, 0)
     token = tl.load(tokens_ptr + row)
-    p_lse, q_lse = _finite(p_high) + tl.log(p_mass), _finite(q_high) + tl.log(q_mass)
-    tl.store(kl_ptr + row, (p_dot / p_mass - tl.log(p_mass)) - (cross / p_mass - tl.log(q_mass)))
+    p_lse, q_lse = p_top + tl.log(p_mass), q_top + tl.log(q_mass)
+    tl.store(kl_ptr + row, gap / p_mass + (tl.log(q_mass) - tl.log(p_mass)))
     tl.store(p_lse_ptr + row, p_lse)
     tl.store(q_lse_ptr + row, q_lse)
     tl.store(p_logp_ptr + row, _at(p_ptr, row * p_stride, token, size) * p_scale - p_lse)
@@ -178,7 +201,7 @@ def kl(p_nV: Tensor, q_nV: Tensor, tokens_n: Tensor, p_scale: float, q_scale: fl
     """KL(P||Q) (n,), and the statistics of both: one read of each."""
     out, *each = (p_nV.new_empty(p_nV.shape[0]) for _ in range(7))
     _kl[(p_nV.shape[0],)](p_nV, p_nV.stride(0), p_scale, q_nV, q_nV.stride(0), q_scale,
-                          tokens_n.contiguous(), p_nV.shape[1], out, *each, BLOCK=BLOCK // 2, num_warps=WARPS)
+                          tokens_n.contiguous(), p_nV.shape[1], out, *each, **_shape(BLOCK // 2))
     return out, Statistics(*each[:3]), Statistics(*each[3:])
 
 
