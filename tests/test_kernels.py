@@ -340,15 +340,15 @@ from triton.compiler import ASTSource
 from selftaught.kernels import rows
 
 def kind(name):
-    if name == "tokens_ptr": return "*i64"
+    if name in ("tokens_ptr", "top_ptr"): return "*i64"
     if name == "mask_ptr": return "*u8"
     if name.endswith("_ptr"): return "*fp32"
-    return "i32" if name == "size" or name.endswith("stride") else "fp32"
+    return "i32" if name in ("size", "k") or name.endswith("stride") else "fp32"
 
 kinds = [{"KIND": kind} for kind in ("kl_to", "kl_from", "js", "clipped")]
 for kernel, constants in [
-    *((rows._statistics, {"REST": rest}) for rest in (False, True)), (rows._kl, {}), (rows._js, {}),
-    (rows._clipped, {}), (rows._sampled_gradient, {}), (rows._tail_gradient, {}),
+    (rows._statistics, {}), (rows._buckets, {}), (rows._kl, {}), (rows._js, {}), (rows._clipped, {}),
+    (rows._sampled_gradient, {}), (rows._buckets_gradient, {"FEW": 256}),
     *((rows._gradient, kind) for kind in kinds)]:
     names = kernel.arg_names
     shape = rows._shape(rows.BLOCK)

@@ -87,44 +87,41 @@ def _moved(total, mass, fade, shift):
     return _weighed(fade, total + mass * shift)
 
 
+@triton.jit
+def _added(high, mass, dot, z):
+    """Lanes (LANES,) that take in a block: maximum, sum of e^(z - high), sum of e^(z - high) (z - high)."""
+    higher = tl.maximum(high, tl.max(z, 0))
+    x, shift = z - higher[None, :], high - higher
+    e, fade = tl.exp(x), tl.exp(shift)
+    return higher, mass * fade + tl.sum(e, 0), _moved(dot, mass, fade, shift) + tl.sum(_weighed(e, x), 0)
+
+
+@triton.jit
+def _joined(high, mass, dot):
+    """The same three of a row, from those of its lanes."""
+    top = tl.max(high, 0)
+    shift = high - top
+    fade = tl.exp(shift)
+    return top, tl.sum(mass * fade, 0), tl.sum(_moved(dot, mass, fade, shift), 0)
+
+
 # ------------------------------------------------------------------------------------------------------- statistics
 
 
 @triton.jit
-def _statistics(z_ptr, stride, scale, tokens_ptr, size, mask_ptr, lse_ptr, logp_ptr, entropy_ptr, rest_ptr,
-                REST: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+def _statistics(z_ptr, stride, scale, tokens_ptr, size, lse_ptr, logp_ptr, entropy_ptr, BLOCK: tl.constexpr,
+                LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     offsets = _offsets(BLOCK, LANES)
     high = tl.full((LANES,), LOWEST, tl.float32)  # finite: a lane that sees only -inf has no mass, and no inf - inf
-    mass = tl.full((LANES,), 0.0, tl.float32)  # sum of e^(z - high)
-    dot = mass  # sum of e^(z - high) (z - high)
-    rest_high, rest = high, mass  # of the logits that are not in the mask: they may all lie far below the others
+    mass = tl.full((LANES,), 0.0, tl.float32)
+    dot = mass
     for start in range(0, size, BLOCK):
-        z = _row(z_ptr, stride, row, start, offsets, size, scale)
-        higher = tl.maximum(high, tl.max(z, 0))
-        x, shift = z - higher[None, :], high - higher
-        e, fade = tl.exp(x), tl.exp(shift)
-        dot = _moved(dot, mass, fade, shift) + tl.sum(_weighed(e, x), 0)
-        mass = mass * fade + tl.sum(e, 0)
-        high = higher
-        if REST:
-            at = start + tl.max_contiguous(offsets, [1, 4])  # no 16 bytes a thread, or it would not hold whole lanes
-            out = tl.load(mask_ptr + row * size + at, mask=at < size, other=1) == 0
-            z = tl.where(out, z, float("-inf"))
-            higher = tl.maximum(rest_high, tl.max(z, 0))
-            rest = rest * tl.exp(rest_high - higher) + tl.sum(tl.exp(z - higher[None, :]), 0)
-            rest_high = higher
-    top = tl.max(high, 0)
-    shift = high - top
-    fade = tl.exp(shift)
-    dot = tl.sum(_moved(dot, mass, fade, shift), 0)
-    mass = tl.sum(mass * fade, 0)
-    lse = top + tl.log(mass)
-    tl.store(lse_ptr + row, lse)
-    if REST:
-        top = tl.max(rest_high, 0)
-        tl.store(rest_ptr + row, top + tl.log(tl.sum(rest * tl.exp(rest_high - top), 0)))
+        high, mass, dot = _added(high, mass, dot, _row(z_ptr, stride, row, start, offsets, size, scale))
+    high, mass, dot = _joined(high, mass, dot)
+    lse = high + tl.log(mass)
     token = tl.load(tokens_ptr + row)
+    tl.store(lse_ptr + row, lse)
     tl.store(logp_ptr + row, _at(z_ptr, row * stride, token, size) * scale - lse)
     tl.store(entropy_ptr + row, tl.log(mass) - dot / mass)
 
@@ -138,18 +135,57 @@ def statistics(logits_nV: Tensor, tokens_n: Tensor, scale: float) -> Statistics:
     """One read of the logits."""
     lse, logp, entropy = (logits_nV.new_empty(logits_nV.shape[0]) for _ in range(3))
     _statistics[(logits_nV.shape[0],)](
-        logits_nV, logits_nV.stride(0), scale, tokens_n.contiguous(), logits_nV.shape[1], logits_nV, lse, logp, entropy,
-        lse, REST=False, **_shape(BLOCK))
+        logits_nV, logits_nV.stride(0), scale, tokens_n.contiguous(), logits_nV.shape[1], lse, logp, entropy,
+        **_shape(BLOCK))
     return Statistics(lse, logp, entropy)
 
 
-def statistics_and_rest(logits_nV: Tensor, tokens_n: Tensor, scale: float, top_nV: Tensor) -> tuple[Statistics, Tensor]:
-    """The same, and the log-sum-exp (n,) of the logits that `top` (n, V), of bytes, does not name."""
-    lse, logp, entropy, rest = (logits_nV.new_empty(logits_nV.shape[0]) for _ in range(4))
-    _statistics[(logits_nV.shape[0],)](
-        logits_nV, logits_nV.stride(0), scale, tokens_n.contiguous(), logits_nV.shape[1], top_nV, lse, logp, entropy,
-        rest, REST=True, **_shape(BLOCK))
-    return Statistics(lse, logp, entropy), rest
+@triton.jit
+def _buckets(z_ptr, stride, scale, tokens_ptr, size, mask_ptr, top_ptr, k, lse_ptr, logp_ptr, entropy_ptr, rest_ptr,
+             out_ptr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = _offsets(BLOCK, LANES)
+    high = tl.full((LANES,), LOWEST, tl.float32)
+    mass = tl.full((LANES,), 0.0, tl.float32)
+    dot = mass
+    for start in range(0, size, BLOCK):
+        z = _row(z_ptr, stride, row, start, offsets, size, scale)
+        at = start + tl.max_contiguous(offsets, [1, 4])  # no 16 bytes a thread, or it would not hold whole lanes
+        named = tl.load(mask_ptr + row * size + at, mask=at < size, other=1)
+        high, mass, dot = _added(high, mass, dot, tl.where(named == 0, z, float("-inf")))
+    rest_high, rest, _ = _joined(high, mass, dot)
+    rest = rest_high + tl.log(rest)
+    few = tl.arange(0, LANES)  # the top comes last, as all others may lie far below it
+    for start in range(0, k, LANES):
+        index = tl.load(top_ptr + row * k + start + few, mask=start + few < k, other=-1)
+        z = tl.load(z_ptr + row * stride + index, mask=index >= 0, other=float("-inf")) * scale
+        high, mass, dot = _added(high, mass, dot, z[None, :])
+    high, mass, dot = _joined(high, mass, dot)
+    lse = high + tl.log(mass)
+    for start in range(0, k, LANES):
+        index = tl.load(top_ptr + row * k + start + few, mask=start + few < k, other=-1)
+        z = tl.load(z_ptr + row * stride + index, mask=index >= 0, other=0.0) * scale
+        tl.store(out_ptr + row * (k + 1) + start + few, z - lse, mask=index >= 0)
+    token = tl.load(tokens_ptr + row)
+    tl.store(out_ptr + row * (k + 1) + k, rest - lse)
+    tl.store(rest_ptr + row, rest)
+    tl.store(lse_ptr + row, lse)
+    tl.store(logp_ptr + row, _at(z_ptr, row * stride, token, size) * scale - lse)
+    tl.store(entropy_ptr + row, tl.log(mass) - dot / mass)
+
+
+def buckets(logits_nV: Tensor, tokens_n: Tensor, scale: float, named_nV: Tensor, top_nk: Tensor
+            ) -> tuple[Tensor, Tensor, Statistics]:
+    """Log-probs (n, k + 1) of the top and of all others together, and the log-sum-exp (n,) of the others' logits.
+
+    `named`, of bytes, is 1 at the top's tokens and 0 elsewhere. One read of the logits.
+    """
+    n, k = top_nk.shape
+    lse, logp, entropy, rest = (logits_nV.new_empty(n) for _ in range(4))
+    out = logits_nV.new_empty(n, k + 1)
+    _buckets[(n,)](logits_nV, logits_nV.stride(0), scale, tokens_n.contiguous(), logits_nV.shape[1], named_nV,
+                   top_nk.contiguous(), k, lse, logp, entropy, rest, out, **_shape(BLOCK))
+    return out, rest, Statistics(lse, logp, entropy)
 
 
 # ----------------------------------------------------------------------------------------------------------- values
@@ -329,24 +365,34 @@ def sampled_gradient(logits_nV: Tensor, tokens_n: Tensor, scale: float, lse: Ten
 
 
 @triton.jit
-def _tail_gradient(z_ptr, stride, scale, lse_ptr, rest_ptr, mask_ptr, size, tail_ptr, total_ptr, out_ptr,
-                   BLOCK: tl.constexpr):
+def _buckets_gradient(z_ptr, stride, scale, lse_ptr, rest_ptr, top_ptr, k, size, grad_ptr, out_ptr,
+                      BLOCK: tl.constexpr, FEW: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
+    offsets, few = tl.arange(0, BLOCK), tl.arange(0, FEW)
     lse, rest = tl.load(lse_ptr + row), _finite(tl.load(rest_ptr + row))
-    tail, total = tl.load(tail_ptr + row) * scale, tl.load(total_ptr + row) * scale
+    tail = tl.load(grad_ptr + row * (k + 1) + k) * scale
+    total = tl.zeros([FEW], dtype=tl.float32)
+    for start in range(0, k, FEW):
+        total += tl.load(grad_ptr + row * (k + 1) + start + few, mask=start + few < k, other=0.0)
+    total = tl.sum(total, 0) * scale + tail
     for start in range(0, size, BLOCK):
         at = start + offsets
         z = _row(z_ptr, stride, row, start, offsets, size, scale)
-        out_of_top = tl.load(mask_ptr + row * size + at, mask=at < size, other=1) == 0
-        out = tl.where(out_of_top, tail * tl.exp(z - rest), 0.0) - total * tl.exp(z - lse)
-        tl.store(out_ptr + row * size + at, out, mask=at < size)
+        tl.store(out_ptr + row * size + at, tail * tl.exp(z - rest) - total * tl.exp(z - lse), mask=at < size)
+    tl.debug_barrier()  # what other threads have written of the top is wrong, and gets written over
+    for start in range(0, k, FEW):
+        at = start + few
+        index = tl.load(top_ptr + row * k + at, mask=at < k, other=0)
+        z = tl.load(z_ptr + row * stride + index, mask=at < k, other=0.0) * scale
+        grad = tl.load(grad_ptr + row * (k + 1) + at, mask=at < k, other=0.0) * scale
+        tl.store(out_ptr + row * size + index, grad - total * tl.exp(z - lse), mask=at < k)
 
 
-def tail_gradient(logits_nV: Tensor, scale: float, lse: Tensor, rest: Tensor, top_nV: Tensor, tail_n: Tensor,
-                  total_n: Tensor) -> Tensor:
-    """(n, V): of the log-mass outside `top`, times tail, and of the normaliser, times total."""
+def buckets_gradient(logits_nV: Tensor, scale: float, lse: Tensor, rest: Tensor, top_nk: Tensor, grad: Tensor
+                     ) -> Tensor:
+    """(n, V), of the buckets (n, k + 1), whose own gradient is `grad`."""
     out = torch.empty(logits_nV.shape, dtype=logits_nV.dtype, device=logits_nV.device)
-    _tail_gradient[(logits_nV.shape[0],)](logits_nV, logits_nV.stride(0), scale, lse, rest, top_nV, logits_nV.shape[1],
-                                          tail_n.contiguous(), total_n.contiguous(), out, BLOCK=BLOCK, num_warps=WARPS)
+    _buckets_gradient[(logits_nV.shape[0],)](logits_nV, logits_nV.stride(0), scale, lse, rest, top_nk.contiguous(),
+                                             top_nk.shape[1], logits_nV.shape[1], grad.contiguous(), out, BLOCK=BLOCK,
+                                             FEW=32 * WARPS, num_warps=WARPS)
     return out

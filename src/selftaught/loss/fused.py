@@ -70,7 +70,7 @@ def with_tail(k: int, student: Distribution, others: Sequence[Distribution]) -> 
     dists = [x for x in (student, *others) if isinstance(x, TokenDist) and x.in_place]
     if len(dists) <= len(others) or len({dist.raw.shape for dist in dists}) > 1:
         return None
-    top = dists[0].raw.detach().topk(k, dim=-1).indices
+    top = dists[0].raw.detach().topk(k, dim=-1, sorted=False).indices
     named = torch.zeros(dists[0].raw.shape, dtype=torch.uint8, device=top.device).scatter_(-1, top, 1)
     return tuple(_buckets(dist, top, named) for dist in dists)
 
@@ -78,16 +78,10 @@ def with_tail(k: int, student: Distribution, others: Sequence[Distribution]) -> 
 def _buckets(dist: TokenDist, top: Tensor, named: Tensor) -> Tensor:
     from selftaught.kernels import rows
 
-    logits, scale, k = dist.raw.detach(), dist.scale, top.shape[-1]
-    dist.statistics, rest = rows.statistics_and_rest(logits, dist.tokens, scale, named)
+    logits, scale = dist.raw.detach(), dist.scale
+    value, rest, dist.statistics = rows.buckets(logits, dist.tokens, scale, named, top)
     lse = dist.statistics.lse
-
-    def gradient(grad: Tensor) -> Tensor:
-        out = rows.tail_gradient(logits, scale, lse, rest, named, grad[:, k], grad.sum(-1))
-        return out.scatter_add_(-1, top, grad[:, :k] * scale)
-
-    value = torch.cat([logits.gather(-1, top) * scale, rest[:, None]], -1) - lse[:, None]
-    return Known.apply(dist.raw, value, gradient)
+    return Known.apply(dist.raw, value, lambda grad: rows.buckets_gradient(logits, scale, lse, rest, top, grad))
 
 
 def _pair(p: Distribution, q: Distribution) -> tuple[tuple[TokenDist, TokenDist], TokenDist | None] | None:
