@@ -250,11 +250,11 @@ def _log_mean(a, b, weight):
 
 @triton.jit
 def _js(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_lse_ptr, size, weight, p_kl_ptr, q_kl_ptr,
-        BLOCK: tl.constexpr):
+        BLOCK: tl.constexpr, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
+    offsets = _offsets(BLOCK, LANES)
     p_lse, q_lse = tl.load(p_lse_ptr + row), tl.load(q_lse_ptr + row)
-    p_kl = tl.full((), 0.0, tl.float32)
+    p_kl = tl.full((LANES,), 0.0, tl.float32)
     q_kl = p_kl
     for start in range(0, size, BLOCK):
         p = _row(p_ptr, p_stride, row, start, offsets, size, p_scale) - p_lse
@@ -262,8 +262,8 @@ def _js(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_lse_ptr
         m = _log_mean(p, q, weight)
         p_kl += tl.sum(_weighed(tl.exp(p), p - m), 0)
         q_kl += tl.sum(_weighed(tl.exp(q), q - m), 0)
-    tl.store(p_kl_ptr + row, p_kl)
-    tl.store(q_kl_ptr + row, q_kl)
+    tl.store(p_kl_ptr + row, tl.sum(p_kl, 0))
+    tl.store(q_kl_ptr + row, tl.sum(q_kl, 0))
 
 
 def js(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor, q_lse: Tensor, weight: float
@@ -271,17 +271,17 @@ def js(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor
     """KL(P||M) and KL(Q||M), (n,) each, M = weight P + (1 - weight) Q."""
     p_kl, q_kl = torch.empty_like(p_lse), torch.empty_like(p_lse)
     _js[(p_nV.shape[0],)](p_nV, p_nV.stride(0), p_scale, p_lse, q_nV, q_nV.stride(0), q_scale, q_lse, p_nV.shape[1],
-                          weight, p_kl, q_kl, BLOCK=BLOCK // 2, num_warps=WARPS)
+                          weight, p_kl, q_kl, **_shape(BLOCK // 2))
     return p_kl, q_kl
 
 
 @triton.jit
 def _clipped(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_lse_ptr, size, clip, out_ptr, mass_ptr,
-             BLOCK: tl.constexpr):
+             BLOCK: tl.constexpr, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
+    offsets = _offsets(BLOCK, LANES)
     p_lse, q_lse = tl.load(p_lse_ptr + row), tl.load(q_lse_ptr + row)
-    out = tl.full((), 0.0, tl.float32)
+    out = tl.full((LANES,), 0.0, tl.float32)
     mass = out
     for start in range(0, size, BLOCK):
         p = _row(p_ptr, p_stride, row, start, offsets, size, p_scale) - p_lse
@@ -290,8 +290,8 @@ def _clipped(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_ls
         term = _weighed(e, p - q)
         out += tl.sum(tl.minimum(term, clip), 0)
         mass += tl.sum(tl.where(term <= clip, e, 0.0), 0)
-    tl.store(out_ptr + row, out)
-    tl.store(mass_ptr + row, mass)
+    tl.store(out_ptr + row, tl.sum(out, 0))
+    tl.store(mass_ptr + row, tl.sum(mass, 0))
 
 
 def clipped(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor, q_lse: Tensor, clip: float
@@ -299,7 +299,7 @@ def clipped(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: T
     """sum_v min(P_v log(P_v / Q_v), clip), and the mass of P whose summands are not capped: (n,) each."""
     out, mass = torch.empty_like(p_lse), torch.empty_like(p_lse)
     _clipped[(p_nV.shape[0],)](p_nV, p_nV.stride(0), p_scale, p_lse, q_nV, q_nV.stride(0), q_scale, q_lse,
-                               p_nV.shape[1], clip, out, mass, BLOCK=BLOCK // 2, num_warps=WARPS)
+                               p_nV.shape[1], clip, out, mass, **_shape(BLOCK // 2))
     return out, mass
 
 
