@@ -18,7 +18,7 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):  # there it is a t
 
 from selftaught import TokenBatch, chunked_objective, kernels, objective, tensors, vocabulary
 from selftaught.kernels import rows
-from selftaught.loss import chunked, clipped_kl, divergence, js, kl, with_tail
+from selftaught.loss import chunked, clipped_kl, divergence, fused, js, kl, with_tail
 from selftaught.vocabulary import TokenDist
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's -inf
@@ -182,6 +182,19 @@ def test_a_tail_far_below_the_top_keeps_its_mass_and_gradient() -> None:
     buckets[:, 7].sum().backward()
     assert student.grad is not None
     torch.testing.assert_close(student.grad[:, 7:].sum(), torch.ones((), device=DEVICE), rtol=1e-5, atol=0)
+
+
+def test_the_top_is_found_by_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "GROUP", 4)
+    z = logits(6, 3.0, 6).float()
+    z[1, -3:] = 50.0  # the last in no group
+    z[2, 16:20] = 50.0  # a whole group
+    z[3, 3:] = -torch.inf  # fewer than k are possible
+    z[4] = z[4].round()  # ties
+    for k in (1, 6, V // 8):
+        found = fused._top(z, k)
+        assert all(len(set(row)) == k for row in found.tolist())
+        assert (z.gather(-1, found).sort(-1, descending=True).values == z.topk(k).values).all()
 
 
 def test_lanes_whose_logits_are_all_among_the_top_leave_the_tail_to_the_others() -> None:
