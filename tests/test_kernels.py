@@ -184,6 +184,18 @@ def test_a_tail_far_below_the_top_keeps_its_mass_and_gradient() -> None:
     torch.testing.assert_close(student.grad[:, 7:].sum(), torch.ones((), device=DEVICE), rtol=1e-5, atol=0)
 
 
+def test_a_tail_that_is_impossible_leaves_the_tops_gradient_finite() -> None:
+    s, _, tokens = pair(3.0)
+    s[:, 7:] = -torch.inf
+    student = s.float().requires_grad_()
+    buckets, _ = with_tail(7, TokenDist(student, tokens), TokenDist(s.float(), tokens))
+    assert (buckets[:, 7] == -torch.inf).all()
+    buckets[:, :7].max(-1).values.sum().backward()
+    assert student.grad is not None
+    exact = torch.nn.functional.one_hot(s.argmax(-1), V) - s.softmax(-1)
+    torch.testing.assert_close(student.grad.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 def test_the_top_is_found_by_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "GROUP", 4)
     z = logits(6, 3.0, 6).float()

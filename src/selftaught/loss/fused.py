@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selftaught.vocabulary import Known, TokenDist
 
-GROUP = 32  # logits of which one is compared first, in search of the largest of all
+GROUP = 32  # neighbouring logits, of which only the largest is compared at first
 Distribution = Tensor | TokenDist  # log-probs (n, V), or what makes them
 
 
