@@ -359,6 +359,7 @@ def test_a_frozen_head_takes_nothing_and_leaves_the_loss_free_to_be_scaled() -> 
 
 
 COMPILE = """
+import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -380,9 +381,14 @@ for kernel, constants in [
     constants = {**constants, **{name: shape[name] for name in ("BLOCK", "LANES") if name in names}}
     signature = {name: "constexpr" if name in constants else kind(name) for name in names}
     source = ASTSource(fn=kernel, signature=signature,
-                       constexprs={(names.index(name),): value for name, value in constants.items()})
+                       constexprs={(names.index(name),): value for name, value in constants.items()},
+                       attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+                              if name == "size" or name.endswith(("_ptr", "stride"))})
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": rows.WARPS})
     assert "st.global" in built.asm["ptx"] and built.asm["cubin"], kernel
+    loops = [loop[0] for loop in re.finditer(r"^(\\$L\\w+):.*?\\bbra[^;]*\\1;", built.asm["ptx"], re.S | re.M)]
+    over_row = [loop for loop in loops if re.search(r"ld[.]global[^;]*v4", loop)]
+    assert over_row and not any("bar.sync" in loop for loop in over_row), f"{kernel}: warps wait for one another"
 print("built")
 """
 

@@ -150,7 +150,7 @@ def _buckets(z_ptr, stride, scale, tokens_ptr, size, mask_ptr, top_ptr, k, lse_p
     dot = mass
     for start in range(0, size, BLOCK):
         z = _row(z_ptr, stride, row, start, offsets, size, scale)
-        at = start + tl.max_contiguous(offsets, [1, 4])  # 16 bytes at once, and a lane would be many threads'
+        at = tl.max_contiguous(start + offsets, [1, 4])  # 16 bytes at once, and a lane would be many threads'
         named = tl.load(mask_ptr + row * size + at, mask=at < size, other=1)
         high, mass, dot = _added(high, mass, dot, tl.where(named == 0, z, float("-inf")))
     rest_high, rest, _ = _joined(high, mass, dot)
