@@ -4,8 +4,11 @@
     python benchmarks/kernels.py --rows 512 --vocabulary 32000 128256 262144
 
 From float32 logits (rows, V) of student and teacher to the loss of each row and the gradient of the student's
-logits. The three take turns; the times are medians, by CUDA events. GB/s counts what the kernels must move: both logits
-read once or twice forward and once backward, and the gradient written. A kernel stays where it is faster than compiled.
+logits. The three take turns; the times are medians, by CUDA events, of the device alone: it sleeps while the work is
+queued, as it is queued in training behind a chunk's matrix products; what asks for a number on its way, as some of
+torch's operators' forms do, pays for what it queues after that. MiB is the peak of memory beyond the logits, the
+gradient included. GB/s counts what the kernels must move: both logits read once or twice forward and once backward, and
+the gradient written. A kernel stays where it is faster than compiled.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 
 FORMS = ("kl(T, S)", "kl(S, T)", "js", "clipped", "top-k", "sampled")
 READS = {"kl(T, S)": 4, "kl(S, T)": 4, "js": 6, "clipped": 6, "top-k": 3, "sampled": 2}  # of logits (rows, V)
+SLEEP = 40_000_000  # cycles, some 20 ms: longer than any of the work takes to be queued
 
 
 def forms(tokens: Any, kind: str) -> dict[str, Callable[[Any, Any], Any]]:
@@ -72,6 +76,22 @@ def forms(tokens: Any, kind: str) -> dict[str, Callable[[Any, Any], Any]]:
     return {name: with_(form) for name, form in made.items()}
 
 
+def measured(form: Callable[[Any, Any], Any], s: Any, t: Any) -> tuple[float, float]:
+    """Milliseconds that the device works, forward and backward, and MiB of memory beyond what was taken before."""
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(SLEEP)
+    begin.record()
+    torch.autograd.grad(form(s, t).sum(), s)
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end), (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512)
@@ -86,7 +106,8 @@ def main() -> None:
         raise SystemExit("the kernels need an NVIDIA GPU, and torch sees none")
     found: list[dict[str, Any]] = []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.rows} rows")
-    print("     V | form     | kernels ms (GB/s) | compiled ms | eager ms | compiled / kernels")
+    print(f"{'V':>6} | {'form':8} | {'ms: kernels (GB/s)':>19} {'compiled':>10} {'eager':>8} | {'MiB: kernels':>12} "
+          f"{'compiled':>8} {'eager':>8} | compiled / kernels (of ms)")
     for vocabulary in args.vocabulary:
         generator = torch.Generator("cuda").manual_seed(0)
         s = 3 * torch.randn(args.rows, vocabulary, device="cuda", generator=generator)
@@ -95,22 +116,19 @@ def main() -> None:
         tokens = torch.randint(vocabulary, (args.rows,), device="cuda", generator=generator)
         sides = {kind: forms(tokens, kind) for kind in ("kernels", "compiled", "eager")}
         for form in args.forms:
-            times: dict[str, list[float]] = {kind: [] for kind in sides}
+            runs: dict[str, list[tuple[float, float]]] = {kind: [] for kind in sides}
             for turn in range(args.runs + 2):
                 for kind, made in sides.items():
-                    torch.cuda.synchronize()
-                    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    begin.record()
-                    torch.autograd.grad(made[form](s, t).sum(), s)
-                    end.record()
-                    torch.cuda.synchronize()
+                    run = measured(made[form], s, t)
                     if turn >= 2:
-                        times[kind].append(begin.elapsed_time(end))
-            ms = {kind: statistics.median(values) for kind, values in times.items()}
+                        runs[kind].append(run)
+            ms, mib = ({kind: statistics.median(run[i] for run in of) for kind, of in runs.items()} for i in (0, 1))
             rate = (READS[form] + 1) * args.rows * vocabulary * 4 / ms["kernels"] / 1e6
-            found.append({"vocabulary": vocabulary, "rows": args.rows, "form": form, "ms": ms, "gb_per_s": rate})
-            print(f"{vocabulary:6} | {form:8} | {ms['kernels']:8.3f} ({rate:6.0f}) | {ms['compiled']:11.3f} | "
-                  f"{ms['eager']:8.3f} | {ms['compiled'] / ms['kernels']:.2f}", flush=True)  # fmt: skip
+            found.append({"vocabulary": vocabulary, "rows": args.rows, "form": form, "ms": ms, "mib": mib,
+                          "gb_per_s": rate})
+            print(f"{vocabulary:6} | {form:8} | {ms['kernels']:12.3f} ({rate:4.0f}) {ms['compiled']:10.3f} "
+                  f"{ms['eager']:8.3f} | {mib['kernels']:12.0f} {mib['compiled']:8.0f} {mib['eager']:8.0f} | "
+                  f"{ms['compiled'] / ms['kernels']:.2f}", flush=True)
     Path(args.out).write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": found}, indent=1) + "\n")
     print(f"Written to {args.out}.")
 

@@ -259,6 +259,27 @@ MUTANTS = [
         "test_kernels.py",
     ),
     Mutant(
+        "kernel_lanes_joined_as_if_their_maxima_were_one",
+        "kernels/rows.py",
+        "tl.sum(p_mass * p_fade, 0)",
+        "tl.sum(p_mass, 0)",
+        "test_kernels.py",
+    ),
+    Mutant(
+        "kernel_tail_with_the_top_in_it",
+        "kernels/rows.py",
+        'tl.where(named == 0, z, float("-inf"))',
+        "z",
+        "test_kernels.py",
+    ),
+    Mutant(
+        "tokens_of_no_group_are_never_the_top",
+        "loss/fused.py",
+        "(first[:, :, None] + tokens[:GROUP]).flatten(1), left]",
+        "(first[:, :, None] + tokens[:GROUP]).flatten(1)]",
+        "test_kernels.py",
+    ),
+    Mutant(
         "gathered_gradients_of_the_wrong_tokens",
         "loss/chunked.py",
         "            self._first = rows.start\n",

@@ -18,7 +18,7 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):  # there it is a t
 
 from selftaught import TokenBatch, chunked_objective, kernels, objective, tensors, vocabulary
 from selftaught.kernels import rows
-from selftaught.loss import chunked, clipped_kl, divergence, js, kl, with_tail
+from selftaught.loss import chunked, clipped_kl, divergence, fused, js, kl, with_tail
 from selftaught.vocabulary import TokenDist
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's -inf
@@ -28,9 +28,10 @@ V = 2 * rows.BLOCK + 37 if DEVICE == "cuda" else 201  # no multiple of a block
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several blocks to a row, and tensors of the CPU read by the interpreter."""
+    """Several blocks to a row, several logits of each to a lane, and tensors of the CPU read by the interpreter."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(rows, "BLOCK", 128)
+        for name, number in (("BLOCK", 128), ("WARPS", 1), ("VECTOR", 1)):  # 32 lanes
+            monkeypatch.setattr(rows, name, number)
         with kernels.interpreted():
             yield
     else:
@@ -112,6 +113,54 @@ def test_statistics_are_those_of_the_distribution() -> None:
     torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=1e-6)
 
 
+def shapes_of_rows() -> Iterator[tuple[str, Tensor]]:
+    """Name and logits of rows whose lanes differ: in length, in maximum, in having any mass at all."""
+    block = rows.BLOCK
+
+    def drawn(size: int, std: float = 3.0) -> Tensor:
+        z = std * torch.randn(2, size, generator=torch.Generator().manual_seed(size), dtype=torch.float32)
+        return z.double().to(DEVICE)
+
+    yield "shorter than a lane's stride", drawn(13)
+    yield "shorter than a block", drawn(block - 5)
+    last = drawn(3 * block + 3)
+    last[:, -1] += 50.0
+    yield "maximum in the last block", last
+    first = drawn(3 * block + 3)
+    first[:, 0] += 50.0
+    yield "maximum in the first lane", first
+    one = torch.full((2, 2 * block + 9), -torch.inf, dtype=torch.float64, device=DEVICE)
+    one[0, block + 1], one[1, -1] = -7.0, 300.0
+    yield "all but one impossible", one
+    wide = drawn(2 * block + 9)
+    wide[:, ::2] += 1e4
+    wide[:, 1::2] -= 1e4
+    yield "spread of 2e4", wide
+    rising = torch.arange(2 * block + 9, device=DEVICE, dtype=torch.float64).repeat(2, 1)
+    rising[1] = rising[1].flip(0)
+    yield "every block above or below the one before", rising / 8
+
+
+def test_lanes_of_any_content_are_joined() -> None:
+    for name, drawn in shapes_of_rows():
+        z = drawn.float().double()  # what float32 holds too
+        other = (z.flip(0) / 2 + torch.arange(z.shape[1], device=DEVICE) % 5).float().double()
+        other = torch.where(z.isfinite() & other.isfinite(), other, z)
+        tokens = z.argmax(-1)
+        p, q = TokenDist(z.float(), tokens), TokenDist(other.float(), tokens)
+        logp, logq = z.log_softmax(-1), other.log_softmax(-1)
+        terms = torch.where(logp.exp() > 0, logp.exp() * (logp - logq), 0.0)
+        close = {"rtol": 2e-5, "atol": 2e-5, "msg": lambda text, name=name: f"{name}: {text}"}
+        torch.testing.assert_close(kl(p, q).double(), terms.sum(-1), **close)
+        for dist, exact, logits in ((p, logp, z), (q, logq, other)):
+            entropy = -torch.where(exact.exp() > 0, exact.exp() * exact, 0.0).sum(-1)
+            for found in (dist.statistics, TokenDist(dist.raw, tokens).statistics):  # on the way of the KL, and alone
+                torch.testing.assert_close(found.lse.double(), logits.logsumexp(-1), **close)
+                torch.testing.assert_close(found.entropy.double(), entropy, **close)
+                room = {**close, "atol": 2e-5 + 1e-7 * float(logits.amax().abs())}  # float32 holds z and lse
+                torch.testing.assert_close(found.logp.double(), exact.gather(-1, tokens[:, None])[:, 0], **room)
+
+
 def test_a_token_that_is_impossible_for_the_student_alone_costs_infinity_and_teaches_nobody_without_weight() -> None:
     s, t, tokens = pair(3.0)
     s[1, 7] = -torch.inf
@@ -133,6 +182,51 @@ def test_a_tail_far_below_the_top_keeps_its_mass_and_gradient() -> None:
     buckets[:, 7].sum().backward()
     assert student.grad is not None
     torch.testing.assert_close(student.grad[:, 7:].sum(), torch.ones((), device=DEVICE), rtol=1e-5, atol=0)
+
+
+def test_a_tail_that_is_impossible_leaves_the_tops_gradient_finite() -> None:
+    s, _, tokens = pair(3.0)
+    s[:, 7:] = -torch.inf
+    student = s.float().requires_grad_()
+    buckets, _ = with_tail(7, TokenDist(student, tokens), TokenDist(s.float(), tokens))
+    assert (buckets[:, 7] == -torch.inf).all()
+    buckets[:, :7].max(-1).values.sum().backward()
+    assert student.grad is not None
+    exact = torch.nn.functional.one_hot(s.argmax(-1), V) - s.softmax(-1)
+    torch.testing.assert_close(student.grad.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_the_top_is_found_by_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "GROUP", 4)
+    z = logits(6, 3.0, 6).float()
+    z[1, -3:] = 50.0  # the last in no group
+    z[2, 16:20] = 50.0  # a whole group
+    z[3, 3:] = -torch.inf  # fewer than k are possible
+    z[4] = z[4].round()  # ties
+    for k in (1, 6, V // 8):
+        found = fused._top(z, k)
+        assert all(len(set(row)) == k for row in found.tolist())
+        assert (z.gather(-1, found).sort(-1, descending=True).values == z.topk(k).values).all()
+
+
+def test_lanes_whose_logits_are_all_among_the_top_leave_the_tail_to_the_others() -> None:
+    s, t, tokens = pair(3.0)
+    lanes = rows._shape(rows.BLOCK)["LANES"]
+    s[:, 5::lanes] += 60.0
+    t[:, 5::lanes] -= 60.0  # the teacher's tail lies far above its top
+    k = s[0, 5::lanes].numel()
+
+    def of(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        student = student.clone().requires_grad_()
+        own, theirs = with_tail(k, TokenDist(student, tokens), TokenDist(teacher, tokens))
+        (own[:, :k].sum() - 2 * own[:, k].sum()).backward()
+        assert student.grad is not None
+        return own.sort(-1).values, theirs.sort(-1).values, student.grad
+
+    with kernels.off():
+        exact = of(s, t)
+    for found, wanted in zip(of(s.float(), t.float()), exact, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=3e-5, atol=3e-5)
 
 
 def test_tokens_may_be_strided_and_one_that_is_none_is_no_other_rows() -> None:
@@ -265,29 +359,36 @@ def test_a_frozen_head_takes_nothing_and_leaves_the_loss_free_to_be_scaled() -> 
 
 
 COMPILE = """
+import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from selftaught.kernels import rows
 
 def kind(name):
-    if name == "tokens_ptr": return "*i64"
+    if name in ("tokens_ptr", "top_ptr"): return "*i64"
     if name == "mask_ptr": return "*u8"
     if name.endswith("_ptr"): return "*fp32"
-    return "i32" if name == "size" or name.endswith("stride") else "fp32"
+    return "i32" if name in ("size", "k") or name.endswith("stride") else "fp32"
 
 kinds = [{"KIND": kind} for kind in ("kl_to", "kl_from", "js", "clipped")]
 for kernel, constants in [
-    *((rows._statistics, {"REST": rest}) for rest in (False, True)), (rows._kl, {}), (rows._js, {}),
-    (rows._clipped, {}), (rows._sampled_gradient, {}), (rows._tail_gradient, {}),
+    (rows._statistics, {}), (rows._buckets, {}), (rows._kl, {}), (rows._js, {}), (rows._clipped, {}),
+    (rows._sampled_gradient, {}), (rows._buckets_gradient, {"FEW": 256}),
     *((rows._gradient, kind) for kind in kinds)]:
-    constants = {**constants, "BLOCK": rows.BLOCK}
     names = kernel.arg_names
+    shape = rows._shape(rows.BLOCK)
+    constants = {**constants, **{name: shape[name] for name in ("BLOCK", "LANES") if name in names}}
     signature = {name: "constexpr" if name in constants else kind(name) for name in names}
     source = ASTSource(fn=kernel, signature=signature,
-                       constexprs={(names.index(name),): value for name, value in constants.items()})
+                       constexprs={(names.index(name),): value for name, value in constants.items()},
+                       attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+                              if name == "size" or name.endswith(("_ptr", "stride"))})
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": rows.WARPS})
     assert "st.global" in built.asm["ptx"] and built.asm["cubin"], kernel
+    loops = [loop[0] for loop in re.finditer(r"^(\\$L\\w+):.*?\\bbra[^;]*\\1;", built.asm["ptx"], re.S | re.M)]
+    over_row = [loop for loop in loops if re.search(r"ld[.]global[^;]*v4", loop)]
+    assert over_row and not any("bar.sync" in loop for loop in over_row), f"{kernel}: warps wait for one another"
 print("built")
 """
 

@@ -3,7 +3,8 @@
 Everything is in float32 and in nats. `scale` multiplies logits as they are read (1 / temperature). P and Q are
 softmaxes of logits; a token of probability 0 under P adds 0 to KL(P||Q), one that is impossible under Q alone makes it
 infinite. A row of a divergence whose incoming gradient is 0 gets a gradient of 0 and is not read: an infinite loss
-that nobody weighs stays nobody's. Maxima and masses are kept up while a row is read (online softmax, arXiv 1805.02867).
+that nobody weighs stays nobody's. Maxima and masses are kept up while a row is read (online softmax, arXiv 1805.02867),
+each lane its own, as warps that wait for one another's maxima leave the memory idle; lanes are joined at the row's end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 
 BLOCK = 4096  # logits that a program holds at a time
 WARPS = 8
+VECTOR = 4  # of them, those that a thread reads at once: 16 bytes
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 class Statistics(NamedTuple):
@@ -55,15 +58,21 @@ def _row(z_ptr, stride, row, start, offsets, size, scale):
 
 
 @triton.jit
+def _offsets(BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """(BLOCK / LANES, LANES): a column is a lane, which lies in one thread."""
+    return tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+
+
+@triton.jit
 def _finite(m):
-    """A running maximum to subtract: 0 while every logit was -inf, so that nothing is inf - inf."""
+    """A maximum to subtract: 0 where every logit was -inf, so that nothing is inf - inf."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def _weighed(e, x):
     """e x, and 0 where e is 0: 0 inf is 0."""
-    return tl.where(e > 0, e * x, 0.0)
+    return e * tl.where(e > 0, x, 0.0)
 
 
 @triton.jit
@@ -73,66 +82,110 @@ def _at(z_ptr, row_start, token, size):
 
 
 @triton.jit
-def _moved(total, mass, high, higher):
-    """sum e^(z - high) (z - high) of a mass e^(z - high), from one maximum to the next."""
-    shift = high - higher
-    return _weighed(tl.exp(shift), total + _weighed(mass, shift))
+def _moved(total, mass, fade, shift):
+    """sum e^(z - high) (x - x_high), where mass is sum e^(z - high): high falls by log fade, and x_high by shift."""
+    return _weighed(fade, total + mass * shift)
+
+
+@triton.jit
+def _added(high, mass, dot, z):
+    """Lanes (LANES,) that take in a block: maximum, sum of e^(z - high), sum of e^(z - high) (z - high)."""
+    higher = tl.maximum(high, tl.max(z, 0))
+    x, shift = z - higher[None, :], high - higher
+    e, fade = tl.exp(x), tl.exp(shift)
+    return higher, mass * fade + tl.sum(e, 0), _moved(dot, mass, fade, shift) + tl.sum(_weighed(e, x), 0)
+
+
+@triton.jit
+def _joined(high, mass, dot):
+    """The same three of a row, from those of its lanes."""
+    top = tl.max(high, 0)
+    shift = high - top
+    fade = tl.exp(shift)
+    return top, tl.sum(mass * fade, 0), tl.sum(_moved(dot, mass, fade, shift), 0)
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
 
 
 @triton.jit
-def _statistics(z_ptr, stride, scale, tokens_ptr, size, mask_ptr, lse_ptr, logp_ptr, entropy_ptr, rest_ptr,
-                REST: tl.constexpr, BLOCK: tl.constexpr):
+def _statistics(z_ptr, stride, scale, tokens_ptr, size, lse_ptr, logp_ptr, entropy_ptr, BLOCK: tl.constexpr,
+                LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
-    high = tl.full((), float("-inf"), tl.float32)
-    mass = tl.full((), 0.0, tl.float32)  # sum of e^(z - high)
-    dot = mass  # sum of e^(z - high) (z - high)
-    rest_high, rest = high, mass  # of the logits that are not in the mask: they may all lie far below the others
+    offsets = _offsets(BLOCK, LANES)
+    high = tl.full((LANES,), LOWEST, tl.float32)  # finite: a lane that sees only -inf has no mass, and no inf - inf
+    mass = tl.full((LANES,), 0.0, tl.float32)
+    dot = mass
     for start in range(0, size, BLOCK):
-        z = _row(z_ptr, stride, row, start, offsets, size, scale)
-        higher = tl.maximum(high, tl.max(z, 0))
-        base = _finite(higher)
-        e = tl.exp(z - base)
-        old = tl.where(high == float("-inf"), base, high)
-        fade = tl.exp(old - base)
-        dot = _moved(dot, mass, old, base) + tl.sum(_weighed(e, z - base), 0)
-        mass = mass * fade + tl.sum(e, 0)
-        if REST:
-            at = start + offsets
-            out = tl.load(mask_ptr + row * size + at, mask=at < size, other=1) == 0
-            z = tl.where(out, z, float("-inf"))
-            rest_higher = tl.maximum(rest_high, tl.max(z, 0))
-            rest = rest * tl.exp(rest_high - _finite(rest_higher)) + tl.sum(tl.exp(z - _finite(rest_higher)), 0)
-            rest_high = rest_higher
-        high = higher
-    lse = _finite(high) + tl.log(mass)
-    tl.store(lse_ptr + row, lse)
-    if REST:
-        tl.store(rest_ptr + row, _finite(rest_high) + tl.log(rest))
+        high, mass, dot = _added(high, mass, dot, _row(z_ptr, stride, row, start, offsets, size, scale))
+    high, mass, dot = _joined(high, mass, dot)
+    lse = high + tl.log(mass)
     token = tl.load(tokens_ptr + row)
+    tl.store(lse_ptr + row, lse)
     tl.store(logp_ptr + row, _at(z_ptr, row * stride, token, size) * scale - lse)
     tl.store(entropy_ptr + row, tl.log(mass) - dot / mass)
+
+
+def _shape(block: int) -> dict[str, int]:
+    """Of a program with lanes: as many as its threads read at once, so that what a lane adds up crosses no threads."""
+    return {"BLOCK": block, "LANES": min(block, 32 * WARPS * VECTOR), "num_warps": WARPS}
 
 
 def statistics(logits_nV: Tensor, tokens_n: Tensor, scale: float) -> Statistics:
     """One read of the logits."""
     lse, logp, entropy = (logits_nV.new_empty(logits_nV.shape[0]) for _ in range(3))
     _statistics[(logits_nV.shape[0],)](
-        logits_nV, logits_nV.stride(0), scale, tokens_n.contiguous(), logits_nV.shape[1], logits_nV, lse, logp, entropy,
-        lse, REST=False, BLOCK=BLOCK, num_warps=WARPS)
+        logits_nV, logits_nV.stride(0), scale, tokens_n.contiguous(), logits_nV.shape[1], lse, logp, entropy,
+        **_shape(BLOCK))
     return Statistics(lse, logp, entropy)
 
 
-def statistics_and_rest(logits_nV: Tensor, tokens_n: Tensor, scale: float, top_nV: Tensor) -> tuple[Statistics, Tensor]:
-    """The same, and the log-sum-exp (n,) of the logits that `top` (n, V), of bytes, does not name."""
-    lse, logp, entropy, rest = (logits_nV.new_empty(logits_nV.shape[0]) for _ in range(4))
-    _statistics[(logits_nV.shape[0],)](
-        logits_nV, logits_nV.stride(0), scale, tokens_n.contiguous(), logits_nV.shape[1], top_nV, lse, logp, entropy,
-        rest, REST=True, BLOCK=BLOCK, num_warps=WARPS)
-    return Statistics(lse, logp, entropy), rest
+@triton.jit
+def _buckets(z_ptr, stride, scale, tokens_ptr, size, mask_ptr, top_ptr, k, lse_ptr, logp_ptr, entropy_ptr, rest_ptr,
+             out_ptr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = _offsets(BLOCK, LANES)
+    high = tl.full((LANES,), LOWEST, tl.float32)
+    mass = tl.full((LANES,), 0.0, tl.float32)
+    dot = mass
+    for start in range(0, size, BLOCK):
+        z = _row(z_ptr, stride, row, start, offsets, size, scale)
+        at = tl.max_contiguous(start + offsets, [1, 4])  # 16 bytes at once, and a lane would be many threads'
+        named = tl.load(mask_ptr + row * size + at, mask=at < size, other=1)
+        high, mass, dot = _added(high, mass, dot, tl.where(named == 0, z, float("-inf")))
+    rest_high, rest, _ = _joined(high, mass, dot)
+    rest = rest_high + tl.log(rest)
+    few = tl.arange(0, LANES)  # the top comes last, as all others may lie far below it
+    for start in range(0, k, LANES):
+        index = tl.load(top_ptr + row * k + start + few, mask=start + few < k, other=-1)
+        z = tl.load(z_ptr + row * stride + index, mask=index >= 0, other=float("-inf")) * scale
+        high, mass, dot = _added(high, mass, dot, z[None, :])
+    high, mass, dot = _joined(high, mass, dot)
+    lse = high + tl.log(mass)
+    for start in range(0, k, LANES):
+        index = tl.load(top_ptr + row * k + start + few, mask=start + few < k, other=-1)
+        z = tl.load(z_ptr + row * stride + index, mask=index >= 0, other=0.0) * scale
+        tl.store(out_ptr + row * (k + 1) + start + few, z - lse, mask=index >= 0)
+    token = tl.load(tokens_ptr + row)
+    tl.store(out_ptr + row * (k + 1) + k, rest - lse)
+    tl.store(rest_ptr + row, rest)
+    tl.store(lse_ptr + row, lse)
+    tl.store(logp_ptr + row, _at(z_ptr, row * stride, token, size) * scale - lse)
+    tl.store(entropy_ptr + row, tl.log(mass) - dot / mass)
+
+
+def buckets(logits_nV: Tensor, tokens_n: Tensor, scale: float, named_nV: Tensor, top_nk: Tensor
+            ) -> tuple[Tensor, Tensor, Statistics]:
+    """Log-probs (n, k + 1) of the top and of all others together, and the log-sum-exp (n,) of the others' logits.
+
+    `named`, of bytes, is 1 at the top's tokens and 0 elsewhere. One read of the logits.
+    """
+    n, k = top_nk.shape
+    lse, logp, entropy, rest = (logits_nV.new_empty(n) for _ in range(4))
+    out = logits_nV.new_empty(n, k + 1)
+    _buckets[(n,)](logits_nV, logits_nV.stride(0), scale, tokens_n.contiguous(), logits_nV.shape[1], named_nV,
+                   top_nk.contiguous(), k, lse, logp, entropy, rest, out, **_shape(BLOCK))
+    return out, rest, Statistics(lse, logp, entropy)
 
 
 # ----------------------------------------------------------------------------------------------------------- values
@@ -140,31 +193,37 @@ def statistics_and_rest(logits_nV: Tensor, tokens_n: Tensor, scale: float, top_n
 
 @triton.jit
 def _kl(p_ptr, p_stride, p_scale, q_ptr, q_stride, q_scale, tokens_ptr, size, kl_ptr, p_lse_ptr, p_logp_ptr,
-        p_entropy_ptr, q_lse_ptr, q_logp_ptr, q_entropy_ptr, BLOCK: tl.constexpr):
+        p_entropy_ptr, q_lse_ptr, q_logp_ptr, q_entropy_ptr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
-    p_high = tl.full((), float("-inf"), tl.float32)
+    offsets = _offsets(BLOCK, LANES)
+    p_high = tl.full((LANES,), LOWEST, tl.float32)
     q_high = p_high
-    p_mass = tl.full((), 0.0, tl.float32)
+    p_mass = tl.full((LANES,), 0.0, tl.float32)
     q_mass, p_dot, q_dot = p_mass, p_mass, p_mass
-    cross = p_mass  # sum of e^(p - p_high) (q - q_high)
+    gap = p_mass  # sum of e^(p - p_high) ((p - p_high) - (q - q_high)): of equal sides 0, however it is rounded
     for start in range(0, size, BLOCK):
         p = _row(p_ptr, p_stride, row, start, offsets, size, p_scale)
         q = _row(q_ptr, q_stride, row, start, offsets, size, q_scale)
         p_higher, q_higher = tl.maximum(p_high, tl.max(p, 0)), tl.maximum(q_high, tl.max(q, 0))
-        p_base, q_base = _finite(p_higher), _finite(q_higher)
-        p_old = tl.where(p_high == float("-inf"), p_base, p_high)
-        q_old = tl.where(q_high == float("-inf"), q_base, q_high)
-        p_fade, q_fade = tl.exp(p_old - p_base), tl.exp(q_old - q_base)
-        p_e, q_e = tl.exp(p - p_base), tl.exp(q - q_base)
-        cross = _weighed(p_fade, cross + _weighed(p_mass, q_old - q_base)) + tl.sum(_weighed(p_e, q - q_base), 0)
-        p_dot = _moved(p_dot, p_mass, p_old, p_base) + tl.sum(_weighed(p_e, p - p_base), 0)
-        q_dot = _moved(q_dot, q_mass, q_old, q_base) + tl.sum(_weighed(q_e, q - q_base), 0)
+        p_shift, q_shift = p_high - p_higher, q_high - q_higher
+        p_fade, q_fade = tl.exp(p_shift), tl.exp(q_shift)
+        p_x, q_x = p - p_higher[None, :], q - q_higher[None, :]
+        p_e, q_e = tl.exp(p_x), tl.exp(q_x)
+        gap = _moved(gap, p_mass, p_fade, p_shift - q_shift) + tl.sum(_weighed(p_e, p_x - q_x), 0)
+        p_dot = _moved(p_dot, p_mass, p_fade, p_shift) + tl.sum(_weighed(p_e, p_x), 0)
+        q_dot = _moved(q_dot, q_mass, q_fade, q_shift) + tl.sum(_weighed(q_e, q_x), 0)
         p_mass, q_mass = p_mass * p_fade + tl.sum(p_e, 0), q_mass * q_fade + tl.sum(q_e, 0)
         p_high, q_high = p_higher, q_higher
+    p_top, q_top = tl.max(p_high, 0), tl.max(q_high, 0)
+    p_shift, q_shift = p_high - p_top, q_high - q_top
+    p_fade, q_fade = tl.exp(p_shift), tl.exp(q_shift)
+    gap = tl.sum(_moved(gap, p_mass, p_fade, p_shift - q_shift), 0)
+    p_dot = tl.sum(_moved(p_dot, p_mass, p_fade, p_shift), 0)
+    q_dot = tl.sum(_moved(q_dot, q_mass, q_fade, q_shift), 0)
+    p_mass, q_mass = tl.sum(p_mass * p_fade, 0), tl.sum(q_mass * q_fade, 0)
     token = tl.load(tokens_ptr + row)
-    p_lse, q_lse = _finite(p_high) + tl.log(p_mass), _finite(q_high) + tl.log(q_mass)
-    tl.store(kl_ptr + row, (p_dot / p_mass - tl.log(p_mass)) - (cross / p_mass - tl.log(q_mass)))
+    p_lse, q_lse = p_top + tl.log(p_mass), q_top + tl.log(q_mass)
+    tl.store(kl_ptr + row, gap / p_mass + (tl.log(q_mass) - tl.log(p_mass)))
     tl.store(p_lse_ptr + row, p_lse)
     tl.store(q_lse_ptr + row, q_lse)
     tl.store(p_logp_ptr + row, _at(p_ptr, row * p_stride, token, size) * p_scale - p_lse)
@@ -178,7 +237,7 @@ def kl(p_nV: Tensor, q_nV: Tensor, tokens_n: Tensor, p_scale: float, q_scale: fl
     """KL(P||Q) (n,), and the statistics of both: one read of each."""
     out, *each = (p_nV.new_empty(p_nV.shape[0]) for _ in range(7))
     _kl[(p_nV.shape[0],)](p_nV, p_nV.stride(0), p_scale, q_nV, q_nV.stride(0), q_scale,
-                          tokens_n.contiguous(), p_nV.shape[1], out, *each, BLOCK=BLOCK // 2, num_warps=WARPS)
+                          tokens_n.contiguous(), p_nV.shape[1], out, *each, **_shape(BLOCK // 2))
     return out, Statistics(*each[:3]), Statistics(*each[3:])
 
 
@@ -191,11 +250,11 @@ def _log_mean(a, b, weight):
 
 @triton.jit
 def _js(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_lse_ptr, size, weight, p_kl_ptr, q_kl_ptr,
-        BLOCK: tl.constexpr):
+        BLOCK: tl.constexpr, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
+    offsets = _offsets(BLOCK, LANES)
     p_lse, q_lse = tl.load(p_lse_ptr + row), tl.load(q_lse_ptr + row)
-    p_kl = tl.full((), 0.0, tl.float32)
+    p_kl = tl.full((LANES,), 0.0, tl.float32)
     q_kl = p_kl
     for start in range(0, size, BLOCK):
         p = _row(p_ptr, p_stride, row, start, offsets, size, p_scale) - p_lse
@@ -203,8 +262,8 @@ def _js(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_lse_ptr
         m = _log_mean(p, q, weight)
         p_kl += tl.sum(_weighed(tl.exp(p), p - m), 0)
         q_kl += tl.sum(_weighed(tl.exp(q), q - m), 0)
-    tl.store(p_kl_ptr + row, p_kl)
-    tl.store(q_kl_ptr + row, q_kl)
+    tl.store(p_kl_ptr + row, tl.sum(p_kl, 0))
+    tl.store(q_kl_ptr + row, tl.sum(q_kl, 0))
 
 
 def js(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor, q_lse: Tensor, weight: float
@@ -212,17 +271,17 @@ def js(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor
     """KL(P||M) and KL(Q||M), (n,) each, M = weight P + (1 - weight) Q."""
     p_kl, q_kl = torch.empty_like(p_lse), torch.empty_like(p_lse)
     _js[(p_nV.shape[0],)](p_nV, p_nV.stride(0), p_scale, p_lse, q_nV, q_nV.stride(0), q_scale, q_lse, p_nV.shape[1],
-                          weight, p_kl, q_kl, BLOCK=BLOCK // 2, num_warps=WARPS)
+                          weight, p_kl, q_kl, **_shape(BLOCK // 2))
     return p_kl, q_kl
 
 
 @triton.jit
 def _clipped(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_lse_ptr, size, clip, out_ptr, mass_ptr,
-             BLOCK: tl.constexpr):
+             BLOCK: tl.constexpr, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
+    offsets = _offsets(BLOCK, LANES)
     p_lse, q_lse = tl.load(p_lse_ptr + row), tl.load(q_lse_ptr + row)
-    out = tl.full((), 0.0, tl.float32)
+    out = tl.full((LANES,), 0.0, tl.float32)
     mass = out
     for start in range(0, size, BLOCK):
         p = _row(p_ptr, p_stride, row, start, offsets, size, p_scale) - p_lse
@@ -231,8 +290,8 @@ def _clipped(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_ls
         term = _weighed(e, p - q)
         out += tl.sum(tl.minimum(term, clip), 0)
         mass += tl.sum(tl.where(term <= clip, e, 0.0), 0)
-    tl.store(out_ptr + row, out)
-    tl.store(mass_ptr + row, mass)
+    tl.store(out_ptr + row, tl.sum(out, 0))
+    tl.store(mass_ptr + row, tl.sum(mass, 0))
 
 
 def clipped(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor, q_lse: Tensor, clip: float
@@ -240,7 +299,7 @@ def clipped(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: T
     """sum_v min(P_v log(P_v / Q_v), clip), and the mass of P whose summands are not capped: (n,) each."""
     out, mass = torch.empty_like(p_lse), torch.empty_like(p_lse)
     _clipped[(p_nV.shape[0],)](p_nV, p_nV.stride(0), p_scale, p_lse, q_nV, q_nV.stride(0), q_scale, q_lse,
-                               p_nV.shape[1], clip, out, mass, BLOCK=BLOCK // 2, num_warps=WARPS)
+                               p_nV.shape[1], clip, out, mass, **_shape(BLOCK // 2))
     return out, mass
 
 
@@ -306,24 +365,34 @@ def sampled_gradient(logits_nV: Tensor, tokens_n: Tensor, scale: float, lse: Ten
 
 
 @triton.jit
-def _tail_gradient(z_ptr, stride, scale, lse_ptr, rest_ptr, mask_ptr, size, tail_ptr, total_ptr, out_ptr,
-                   BLOCK: tl.constexpr):
+def _buckets_gradient(z_ptr, stride, scale, lse_ptr, rest_ptr, top_ptr, k, size, grad_ptr, out_ptr,
+                      BLOCK: tl.constexpr, FEW: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
+    offsets, few = tl.arange(0, BLOCK), tl.arange(0, FEW)
     lse, rest = tl.load(lse_ptr + row), _finite(tl.load(rest_ptr + row))
-    tail, total = tl.load(tail_ptr + row) * scale, tl.load(total_ptr + row) * scale
+    tail = tl.load(grad_ptr + row * (k + 1) + k) * scale
+    total = tl.zeros([FEW], dtype=tl.float32)
+    for start in range(0, k, FEW):
+        total += tl.load(grad_ptr + row * (k + 1) + start + few, mask=start + few < k, other=0.0)
+    total = tl.sum(total, 0) * scale + tail
     for start in range(0, size, BLOCK):
         at = start + offsets
         z = _row(z_ptr, stride, row, start, offsets, size, scale)
-        out_of_top = tl.load(mask_ptr + row * size + at, mask=at < size, other=1) == 0
-        out = tl.where(out_of_top, tail * tl.exp(z - rest), 0.0) - total * tl.exp(z - lse)
-        tl.store(out_ptr + row * size + at, out, mask=at < size)
+        tl.store(out_ptr + row * size + at, tail * tl.exp(z - rest) - total * tl.exp(z - lse), mask=at < size)
+    tl.debug_barrier()  # what other threads have written of the top is wrong, and gets written over
+    for start in range(0, k, FEW):
+        at = start + few
+        index = tl.load(top_ptr + row * k + at, mask=at < k, other=0)
+        z = tl.load(z_ptr + row * stride + index, mask=at < k, other=0.0) * scale
+        grad = tl.load(grad_ptr + row * (k + 1) + at, mask=at < k, other=0.0) * scale
+        tl.store(out_ptr + row * size + index, grad - total * tl.exp(z - lse), mask=at < k)
 
 
-def tail_gradient(logits_nV: Tensor, scale: float, lse: Tensor, rest: Tensor, top_nV: Tensor, tail_n: Tensor,
-                  total_n: Tensor) -> Tensor:
-    """(n, V): of the log-mass outside `top`, times tail, and of the normaliser, times total."""
+def buckets_gradient(logits_nV: Tensor, scale: float, lse: Tensor, rest: Tensor, top_nk: Tensor, grad: Tensor
+                     ) -> Tensor:
+    """(n, V), of the buckets (n, k + 1), whose own gradient is `grad`."""
     out = torch.empty(logits_nV.shape, dtype=logits_nV.dtype, device=logits_nV.device)
-    _tail_gradient[(logits_nV.shape[0],)](logits_nV, logits_nV.stride(0), scale, lse, rest, top_nV, logits_nV.shape[1],
-                                          tail_n.contiguous(), total_n.contiguous(), out, BLOCK=BLOCK, num_warps=WARPS)
+    _buckets_gradient[(logits_nV.shape[0],)](logits_nV, logits_nV.stride(0), scale, lse, rest, top_nk.contiguous(),
+                                             top_nk.shape[1], logits_nV.shape[1], grad.contiguous(), out, BLOCK=BLOCK,
+                                             FEW=32 * WARPS, num_warps=WARPS)
     return out

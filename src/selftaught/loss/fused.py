@@ -13,6 +13,7 @@ from torch import Tensor
 
 from selftaught.vocabulary import Known, TokenDist
 
+GROUP = 32  # neighbouring logits, of which only the largest is compared at first
 Distribution = Tensor | TokenDist  # log-probs (n, V), or what makes them
 
 
@@ -70,24 +71,36 @@ def with_tail(k: int, student: Distribution, others: Sequence[Distribution]) -> 
     dists = [x for x in (student, *others) if isinstance(x, TokenDist) and x.in_place]
     if len(dists) <= len(others) or len({dist.raw.shape for dist in dists}) > 1:
         return None
-    top = dists[0].raw.detach().topk(k, dim=-1).indices
+    top = _top(dists[0].raw.detach(), k)
     named = torch.zeros(dists[0].raw.shape, dtype=torch.uint8, device=top.device).scatter_(-1, top, 1)
     return tuple(_buckets(dist, top, named) for dist in dists)
+
+
+def _top(logits_nV: Tensor, k: int) -> Tensor:
+    """Tokens (n, k) of the k largest logits, in no order.
+
+    The k groups with the largest maxima hold them, so that one pass over all logits is enough, where selecting among
+    all takes several.
+    """
+    n, size = logits_nV.shape
+    groups = size // GROUP
+    if groups < 8 * k:
+        return logits_nV.topk(k, dim=-1, sorted=False).indices
+    maxima = logits_nV[:, :groups * GROUP].unflatten(1, (groups, GROUP)).amax(-1)
+    tokens = torch.arange(size, device=logits_nV.device)
+    first = maxima.topk(k, dim=-1, sorted=False).indices * GROUP
+    left = tokens[groups * GROUP:].expand(n, -1)  # of no group
+    likely = torch.cat([(first[:, :, None] + tokens[:GROUP]).flatten(1), left], -1)
+    return likely.gather(-1, logits_nV.gather(-1, likely).topk(k, dim=-1, sorted=False).indices)
 
 
 def _buckets(dist: TokenDist, top: Tensor, named: Tensor) -> Tensor:
     from selftaught.kernels import rows
 
-    logits, scale, k = dist.raw.detach(), dist.scale, top.shape[-1]
-    dist.statistics, rest = rows.statistics_and_rest(logits, dist.tokens, scale, named)
+    logits, scale = dist.raw.detach(), dist.scale
+    value, rest, dist.statistics = rows.buckets(logits, dist.tokens, scale, named, top)
     lse = dist.statistics.lse
-
-    def gradient(grad: Tensor) -> Tensor:
-        out = rows.tail_gradient(logits, scale, lse, rest, named, grad[:, k], grad.sum(-1))
-        return out.scatter_add_(-1, top, grad[:, :k] * scale)
-
-    value = torch.cat([logits.gather(-1, top) * scale, rest[:, None]], -1) - lse[:, None]
-    return Known.apply(dist.raw, value, gradient)
+    return Known.apply(dist.raw, value, lambda grad: rows.buckets_gradient(logits, scale, lse, rest, top, grad))
 
 
 def _pair(p: Distribution, q: Distribution) -> tuple[tuple[TokenDist, TokenDist], TokenDist | None] | None:
