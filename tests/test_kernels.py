@@ -18,7 +18,7 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):  # there it is a t
 
 from selftaught import TokenBatch, chunked_objective, kernels, objective, tensors, vocabulary
 from selftaught.kernels import rows
-from selftaught.loss import chunked, clipped_kl, divergence, fused, js, kl, with_tail
+from selftaught.loss import chunked, clipped_kl, divergence, js, kl, with_tail
 from selftaught.vocabulary import TokenDist
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's -inf
@@ -194,19 +194,6 @@ def test_a_tail_that_is_impossible_leaves_the_tops_gradient_finite() -> None:
     assert student.grad is not None
     exact = torch.nn.functional.one_hot(s.argmax(-1), V) - s.softmax(-1)
     torch.testing.assert_close(student.grad.double(), exact, rtol=1e-5, atol=1e-6)
-
-
-def test_the_top_is_found_by_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "GROUP", 4)
-    z = logits(6, 3.0, 6).float()
-    z[1, -3:] = 50.0  # the last in no group
-    z[2, 16:20] = 50.0  # a whole group
-    z[3, 3:] = -torch.inf  # fewer than k are possible
-    z[4] = z[4].round()  # ties
-    for k in (1, 6, V // 8):
-        found = fused._top(z, k)
-        assert all(len(set(row)) == k for row in found.tolist())
-        assert (z.gather(-1, found).sort(-1, descending=True).values == z.topk(k).values).all()
 
 
 def test_lanes_whose_logits_are_all_among_the_top_leave_the_tail_to_the_others() -> None:

@@ -24,6 +24,7 @@ from selftaught.tensors import (
     common_prefix,
     difference,
     fast_linear,
+    largest,
     offsets,
     pack,
     product,
@@ -273,3 +274,16 @@ def test_the_fast_product_has_the_gradients_of_the_product() -> None:
     found, plain = (torch.autograd.grad(f.sum(), (x, weight)) for f in (fast_linear(x, weight), x @ weight.t()))
     for a, b in zip(found, plain, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_largest_are_found_by_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "NEIGHBOURS", 4)
+    x = torch.randn(6, 201, generator=torch.Generator().manual_seed(6))
+    x[1, -3:] = 50.0  # the last in no group
+    x[2, 16:20] = 50.0  # a whole group
+    x[3, 3:] = -torch.inf  # fewer than k are possible
+    x[4] = x[4].round()  # ties
+    for k in (1, 6, 201 // 8):
+        found = largest(x, k)
+        assert all(len(set(row)) == k for row in found.tolist())
+        assert (x.gather(-1, found).sort(-1, descending=True).values == x.topk(k).values).all()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selftaught.loss import by_hand, fused
 from selftaught.loss.fused import Distribution, log_probs_of
-from selftaught.tensors import product
+from selftaught.tensors import largest, product
 from selftaught.vocabulary import TokenDist
 
 DIVERGENCES = ("js", "kl_student_teacher", "kl_teacher_student")
@@ -112,7 +112,7 @@ def with_tail(k: int | None, student: Distribution, *others: Distribution) -> tu
         return found
     dists = [x if isinstance(x, TokenDist) else TokenDist(x, torch.zeros_like(x[:, 0], dtype=torch.int64))
              for x in (student, *others)]
-    top = dists[0].logits.detach().topk(k, dim=-1).indices
+    top = largest(dists[0].logits.detach(), k)
     return tuple(by_hand.buckets(dist, top) for dist in dists)
 
 

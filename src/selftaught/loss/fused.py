@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from selftaught.tensors import largest
 from selftaught.vocabulary import Known, TokenDist
 
-GROUP = 32  # neighbouring logits, of which only the largest is compared at first
 Distribution = Tensor | TokenDist  # log-probs (n, V), or what makes them
 
 
@@ -71,27 +71,9 @@ def with_tail(k: int, student: Distribution, others: Sequence[Distribution]) -> 
     dists = [x for x in (student, *others) if isinstance(x, TokenDist) and x.in_place]
     if len(dists) <= len(others) or len({dist.raw.shape for dist in dists}) > 1:
         return None
-    top = _top(dists[0].raw.detach(), k)
+    top = largest(dists[0].raw.detach(), k)
     named = torch.zeros(dists[0].raw.shape, dtype=torch.uint8, device=top.device).scatter_(-1, top, 1)
     return tuple(_buckets(dist, top, named) for dist in dists)
-
-
-def _top(logits_nV: Tensor, k: int) -> Tensor:
-    """Tokens (n, k) of the k largest logits, in no order.
-
-    The k groups with the largest maxima hold them, so that one pass over all logits is enough, where selecting among
-    all takes several.
-    """
-    n, size = logits_nV.shape
-    groups = size // GROUP
-    if groups < 8 * k:
-        return logits_nV.topk(k, dim=-1, sorted=False).indices
-    maxima = logits_nV[:, :groups * GROUP].unflatten(1, (groups, GROUP)).amax(-1)
-    tokens = torch.arange(size, device=logits_nV.device)
-    first = maxima.topk(k, dim=-1, sorted=False).indices * GROUP
-    left = tokens[groups * GROUP:].expand(n, -1)  # of no group
-    likely = torch.cat([(first[:, :, None] + tokens[:GROUP]).flatten(1), left], -1)
-    return likely.gather(-1, logits_nV.gather(-1, likely).topk(k, dim=-1, sorted=False).indices)
 
 
 def _buckets(dist: TokenDist, top: Tensor, named: Tensor) -> Tensor:
