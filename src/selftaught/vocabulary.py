@@ -79,11 +79,16 @@ class _AtSampled(torch.autograd.Function):
     def forward(ctx: Any, logits_nV: Tensor, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
         log_probs = torch.log_softmax(logits_nV, dim=-1)  # bit for bit what all others gather from
         ctx.save_for_backward(logits_nV, tokens_n)
-        ctx.probs = log_probs.exp()
-        entropy_n = _entropy(ctx.probs, log_probs)
+        sampled_n = log_probs.gather(-1, tokens_n[:, None]).squeeze(-1)
+        best_n1 = logits_nV.argmax(-1, keepdim=True)
+        log_sum_n = (logits_nV.gather(-1, best_n1) - log_probs.gather(-1, best_n1)).squeeze(-1)
+        ctx.probs = log_probs.exp_()
+        entropy_n = log_sum_n - dot(ctx.probs, logits_nV)
+        if torch.isnan(entropy_n).any():  # 0 inf, of an impossible token
+            entropy_n = _entropy(ctx.probs, torch.log_softmax(logits_nV, dim=-1))
         ctx.mark_non_differentiable(entropy_n)
         ctx.set_materialize_grads(False)
-        return log_probs.gather(-1, tokens_n[:, None]).squeeze(-1), entropy_n
+        return sampled_n, entropy_n
 
     @staticmethod
     @once_differentiable
