@@ -1,8 +1,9 @@
 """Divergences between next-token distributions, exact over the vocabulary, in nats, per token.
 
 `kl(p, q)` is KL(P||Q): the order of the arguments is the order of the name. All take distributions, as log-probs
-(n, V) or as a `TokenDist`, and return (n,); of a `TokenDist` on a GPU no log-probs are made: kernels read its logits
-(`fused`). A token that both hold at -inf contributes 0, to the value and to the gradient.
+(n, V) or as a `TokenDist`, and return (n,). Of a `TokenDist` the gradient is by hand: on a GPU kernels read its logits
+where they lie (`fused`), elsewhere few tensors are made (`by_hand`). A token that both hold at -inf contributes 0, to
+the value and to the gradient.
 """
 
 from __future__ import annotations
