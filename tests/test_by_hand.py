@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from selftaught.loss import by_hand, clipped_kl, divergence, js, kl, with_tail
 from selftaught.loss.fused import Distribution
@@ -117,13 +120,78 @@ def test_two_sides_with_a_gradient_are_left_to_autograd() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_divergence_holds_few_tensors_of_the_vocabularys_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    real = torch.log_softmax
-    monkeypatch.setattr(torch, "log_softmax", lambda *a, **k: made.append(1) or real(*a, **k))
+def test_two_precisions_are_left_to_autograd() -> None:
     s, t = logits("ordinary")
-    student = TokenDist(s.requires_grad_(), torch.arange(5))
-    FORMS["kl(T, S)"](student, TokenDist(t, torch.arange(5))).sum().backward()
+    student = s.float().requires_grad_()
+    for form in FORMS.values():
+        wanted = form(TokenDist(student, torch.arange(5)), TokenDist(t.float(), torch.arange(5)))
+        found = form(TokenDist(student, torch.arange(5)), TokenDist(t, torch.arange(5)))
+        torch.testing.assert_close(found.float(), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), student)[0],
+                                   torch.autograd.grad(wanted.sum(), student)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_graph_that_was_not_kept_is_refused_and_its_first_gradient_stays(name: str) -> None:
+    s, t = logits("ordinary")
+    student = s.clone().requires_grad_()
+    value = FORMS[name](TokenDist(student, torch.arange(5)), TokenDist(t, torch.arange(5))).mean()
+    (first,) = torch.autograd.grad(value, student)
+    before = first.clone()
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        torch.autograd.grad(value, student)
+    assert (first == before).all()
+
+
+def test_autocast_does_not_touch_a_divergence() -> None:
+    s, t = (z.float() for z in logits("ordinary"))
+    plain = kl(TokenDist(t, torch.arange(5)), TokenDist(s, torch.arange(5)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kl(TokenDist(t, torch.arange(5)), TokenDist(s, torch.arange(5)))
+    assert found.dtype == torch.float32 and (found == plain).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_entropies_over_a_large_vocabulary_are_exact_whatever_the_logits_offset(offset: float) -> None:
+    z = 2 * torch.randn(3, 50_000, generator=torch.Generator().manual_seed(0))
+    z[1, 7], z[2, 8] = 24.0, -math.inf
+    z = z + offset
+    exact = torch.distributions.Categorical(logits=z.double().clamp(min=-1e30)).entropy()
+    alone, beside = (TokenDist(z.clone().requires_grad_(), torch.tensor([1, 2, 3])) for _ in range(2))
+    assert alone.at_sampled.requires_grad
+    kl(beside, TokenDist(z.roll(1, 0), torch.tensor([1, 2, 3])))
     with torch.no_grad():
-        student.entropy()
-    assert len(made) == 2  # one of each side, and none for what is known already
+        for dist in (alone, beside):
+            torch.testing.assert_close(dist.entropy().double(), exact, atol=3e-5, rtol=1e-5)
+
+
+class Made(TorchDispatchMode):
+    """Counts new tensors of `size` numbers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+        self._held: list[Tensor] = []  # so that no address is given twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.numel() == self.size and x.untyped_storage().data_ptr() not in given:
+                self.count += 1
+                self._held.append(x)
+        return out
+
+
+@pytest.mark.parametrize(("name", "most"), [("kl(T, S)", 4), ("kl(S, T)", 4), ("clipped, loose", 6), ("js", 5),
+                                            ("top-k, js", 4)])
+def test_a_divergence_and_its_gradient_make_few_tensors_of_the_vocabularys_width(name: str, most: int) -> None:
+    n, size = 3, 2**17  # a block is two rows
+    s, t = torch.randn(2, n, size, generator=torch.Generator().manual_seed(0))
+    student = TokenDist(s.requires_grad_(), torch.arange(n))
+    with Made(n * size) as made:
+        loss = FORMS[name](student, TokenDist(t, torch.arange(n)))
+        torch.autograd.grad(loss.sum(), s)
+        with torch.no_grad():
+            student.entropy()
+    assert made.count <= most

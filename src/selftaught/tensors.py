@@ -100,7 +100,7 @@ def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
     flat, out = x.reshape(rows, -1), x.new_empty(rows, width)
     for start in range(0, width, WIDE):  # turned back while it is in a cache
         out[:, start : start + WIDE] = turned(flat, weight[start : start + WIDE]).t()
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], width)  # a view could not be changed in place by autograd
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], width)  # no view of what an autograd function returns
 
 
 def turns(x: Tensor, *weights: Tensor) -> bool:
@@ -161,14 +161,6 @@ def add_product(out: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     if is_wide(a, b):
         return _into_wide(a.t(), b, out)
     return a.t() @ b if out is None else out.addmm_(a.t(), b)
-
-
-def keeps_graph() -> bool:
-    """Was the running backward pass asked to retain its graph? True where this torch does not say."""
-    try:
-        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-    except AttributeError:
-        return True
 
 
 def largest(x_nV: Tensor, k: int) -> Tensor:

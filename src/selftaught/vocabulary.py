@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 ROWS = 32  # a chunk is a multiple of it: matrix kernels read whole blocks
 NO_MASS = -1e4  # a log-prob whose exponential is 0, in float64 too
 CHUNK_ELEMENTS = 2**21  # logits of one chunk, about: 8 MiB in float32
-CUDA_ROWS = 128  # there
+BLOCK_ELEMENTS = 2**18  # of a chunk's logits that a CPU works on at a time where it can: 1 MiB in float32
+CUDA_ROWS = 128  # of a chunk on a GPU
 CUDA_ELEMENTS = 2**26  # there: 256 MiB, which keeps the multiplying units busy
 
 
@@ -80,12 +81,12 @@ class _AtSampled(torch.autograd.Function):
         log_probs = torch.log_softmax(logits_nV, dim=-1)  # bit for bit what all others gather from
         ctx.save_for_backward(logits_nV, tokens_n)
         sampled_n = log_probs.gather(-1, tokens_n[:, None]).squeeze(-1)
-        best_n1 = logits_nV.argmax(-1, keepdim=True)
-        log_sum_n = (logits_nV.gather(-1, best_n1) - log_probs.gather(-1, best_n1)).squeeze(-1)
-        ctx.probs = log_probs.exp_()
-        entropy_n = log_sum_n - dot(ctx.probs, logits_nV)
-        if torch.isnan(entropy_n).any():  # 0 inf, of an impossible token
-            entropy_n = _entropy(ctx.probs, torch.log_softmax(logits_nV, dim=-1))
+        entropy_n = torch.empty_like(sampled_n)
+        for rows in row_blocks(log_probs):  # each becomes its probabilities, while it is in a cache
+            probs = log_probs[rows].exp()
+            entropy_n[rows] = _entropy(probs, log_probs[rows])
+            log_probs[rows] = probs
+        ctx.probs = log_probs
         ctx.mark_non_differentiable(entropy_n)
         ctx.set_materialize_grads(False)
         return sampled_n, entropy_n
@@ -106,6 +107,14 @@ def _sampled_gradient(logits_nV: Tensor, tokens_n: Tensor, grad_n: Tensor, probs
     return probs.mul_(-grad_n[:, None]).scatter_add_(-1, tokens_n[:, None], grad_n[:, None])
 
 
+def keeps_graph() -> bool:
+    """Was the running backward pass asked to retain its graph? True where this torch does not say."""
+    try:
+        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    except AttributeError:
+        return True
+
+
 class Known(torch.autograd.Function):
     """A value that is known already, and the function that makes its gradient in the logits (n, V) from its own."""
 
@@ -117,7 +126,12 @@ class Known(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.gradient(grad), None, None
+        gradient = ctx.gradient
+        if gradient is None:
+            raise RuntimeError("backward was called before; call it with retain_graph=True the first time")
+        if not keeps_graph():
+            ctx.gradient = None  # with all that it holds
+        return gradient(grad), None, None
 
 
 def _entropy(probs_nV: Tensor, log_probs_nV: Tensor) -> Tensor:
@@ -127,8 +141,14 @@ def _entropy(probs_nV: Tensor, log_probs_nV: Tensor) -> Tensor:
 
 
 def dot(p_nV: Tensor, q_nV: Tensor) -> Tensor:
-    """sum_v p_v q_v: (n,), without a tensor of the products."""
-    return (p_nV[:, None, :] @ q_nV[:, :, None])[:, 0, 0]
+    """sum_v p_v q_v: (n,), with few products at a time, and of the precision of its factors whatever matrices have."""
+    return torch.cat([(p_nV[rows] * q_nV[rows]).sum(-1) for rows in row_blocks(p_nV)])
+
+
+def row_blocks(x_nV: Tensor) -> list[slice]:
+    """Rows of x, as many at a time as a CPU's cache holds; at least one block."""
+    count = max(1, BLOCK_ELEMENTS // x_nV.shape[1]) if x_nV.is_cpu else max(1, x_nV.shape[0])
+    return [slice(start, start + count) for start in range(0, max(1, x_nV.shape[0]), count)]
 
 
 class TokenDist:

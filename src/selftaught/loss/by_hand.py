@@ -5,7 +5,8 @@ it, and autograd makes and keeps some for every operator. Here a divergence take
 both sides, and leaves the gradient of the student's logits in one of them. What it says of the sampled tokens and the
 entropy on the way, the distributions remember.
 
-Shapes: n tokens, V vocabulary; all in nats. A function returns None where both sides have a gradient.
+Shapes: n tokens, V vocabulary; all in nats. A function of two sides returns None where autograd has to do it: both have
+a gradient, or theirs are two precisions.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from selftaught.tensors import keeps_graph
-from selftaught.vocabulary import Known, TokenDist, dot
+from selftaught.vocabulary import Known, TokenDist, dot, keeps_graph
 
 TINY = 1e-30  # a mass below it is summed from its logarithms
 
@@ -36,7 +36,7 @@ def kl(p: TokenDist, q: TokenDist) -> Tensor | None:
 def clipped_kl(p: TokenDist, q: TokenDist, clip: float) -> Tensor | None:
     """sum_v min(P_v log(P_v / Q_v), clip)."""
     moving = _moving(p, q)
-    if moving is None or p in moving:
+    if moving is None or p in moving:  # P is constant here
         return None
     (logp, p_probs), (logq, q_probs) = _parts(p), _parts(q, probs=bool(moving))
     terms = torch.sub(logp, logq, out=logp).mul_(p_probs)
@@ -92,9 +92,9 @@ def buckets(dist: TokenDist, top: Tensor) -> Tensor:
 
 
 def _moving(*dists: TokenDist) -> list[TokenDist] | None:
-    """Those that have a gradient; None of more than one."""
+    """Those that have a gradient; None of more than one, and of two precisions."""
     found = [x for x in dists if torch.is_grad_enabled() and x.logits.requires_grad]
-    return found if len(found) < 2 else None
+    return found if len(found) < 2 and len({x.logits.dtype for x in dists}) == 1 else None
 
 
 def _parts(dist: TokenDist, probs: bool = True) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ def _parts(dist: TokenDist, probs: bool = True) -> tuple[Tensor, Tensor]:
 
 
 def _expected(probs: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_v P_v gap_v, and the gap, where P_v is 0 without what it is there."""
+    """sum_v P_v gap_v, and the gap, which is 0 where P_v is 0 if it could not be summed otherwise."""
     value = dot(probs, gap)
     if torch.isnan(value).any():  # 0 inf, or -inf minus -inf
         value = dot(probs, gap.masked_fill_(probs == 0, 0.0))

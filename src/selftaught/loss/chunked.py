@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from selftaught.records import Credit, TokenLoss
-from selftaught.tensors import add_product, fast_linear, is_wide, keeps_graph, upcast
-from selftaught.vocabulary import Head, TokenDist, affine, chunk_size, finish, project
+from selftaught.tensors import add_product, fast_linear, is_wide, upcast
+from selftaught.vocabulary import Head, TokenDist, affine, chunk_size, finish, keeps_graph, project
 
 _LOSS = ""  # among the metrics' names
 GATHERED = 8  # chunks of 16-bit gradients per product with the states: each goes through all of the head's gradient

@@ -40,7 +40,7 @@ def kl(p: Distribution, q: Distribution) -> Tensor:
 
 
 def _found(form: str, p: Distribution, q: Distribution, *given: float) -> Tensor | None:
-    """By the GPU's kernels, or by hand; None of log-probs, and where both sides have a gradient."""
+    """By the GPU's kernels, or by hand; None of log-probs, and where autograd has to do it."""
     if not (isinstance(p, TokenDist) and isinstance(q, TokenDist) and fused.width(p) == fused.width(q)):
         return None
     found: Tensor | None = getattr(fused, form)(p, q, *given)
@@ -105,7 +105,7 @@ def with_tail(k: int | None, student: Distribution, *others: Distribution) -> tu
 
     The tail is the log-sum-exp of the other tokens, never log(1 - sum): that is 0 or NaN in float32 where the k
     hold nearly everything. Divergences on the buckets are divergences, and never above those on the vocabulary.
-    None, or k of the whole vocabulary: all as they are.
+    None, or k of the whole vocabulary: all as they are. Log-probs given as tensors are normalised.
     """
     if k is None or k >= fused.width(student):
         return (student, *others)

@@ -18,12 +18,14 @@ import sys
 MAPPED_FROM = 2**22  # bytes
 KEPT = 2**30  # bytes, free at the end of the heap
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_fixed = False
 
 
 def give_back() -> None:
-    """Return the heap's free pages, where the C library can: what one phase has left lies in holes of the next one."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+    """Return the heap's free pages, if it was fixed here: what one phase has left lies in holes of the next one."""
+    if _fixed:
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def fix_heap() -> bool:
@@ -31,12 +33,14 @@ def fix_heap() -> bool:
 
     A size that the user has chosen, by MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES, stays.
     """
+    global _fixed
     chosen = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
     if chosen or not sys.platform.startswith("linux"):
         return False
     try:
         library = ctypes.CDLL(None)
-        return all(library.mallopt(*pair) == 1 for pair in ((_M_MMAP_THRESHOLD, MAPPED_FROM),
-                                                            (_M_TRIM_THRESHOLD, KEPT)))
+        _fixed = all(library.mallopt(*pair) == 1 for pair in ((_M_MMAP_THRESHOLD, MAPPED_FROM),
+                                                              (_M_TRIM_THRESHOLD, KEPT)))
     except AttributeError:  # another C library
-        return False
+        _fixed = False
+    return _fixed
