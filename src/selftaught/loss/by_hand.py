@@ -12,7 +12,7 @@ a gradient, or theirs are two precisions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -115,8 +115,8 @@ def _expected(probs: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
 
 def _with_gradient(student: TokenDist, value: Tensor, unit: Tensor) -> Tensor:
     """The value (n,), with `unit` (n, V) as its gradient in the student's logits, handed over at the first backward."""
-    gradient: Callable[[Tensor], Tensor] = lambda grad: _scaled(unit, grad)  # noqa: E731
-    return Known.apply(student.logits, value, gradient)
+    found: Tensor = Known.apply(student.logits, value, partial(_scaled, unit))
+    return found
 
 
 def _scaled(unit: Tensor, grad_n: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ the value and to the gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from selftaught.loss.fused import Distribution, log_probs_of
 from selftaught.tensors import largest, product
 from selftaught.vocabulary import TokenDist
 
+_Form = Callable[..., Tensor | None]
 DIVERGENCES = ("js", "kl_student_teacher", "kl_teacher_student")
 
 
@@ -35,16 +36,16 @@ def kl_terms(logp: Tensor, logq: Tensor) -> Tensor:
 
 def kl(p: Distribution, q: Distribution) -> Tensor:
     """KL(P||Q) = sum_v P_v log(P_v / Q_v)."""
-    found = _found("kl", p, q)
+    found = _found(fused.kl, by_hand.kl, p, q)
     return kl_terms(log_probs_of(p), log_probs_of(q)).sum(-1) if found is None else found
 
 
-def _found(form: str, p: Distribution, q: Distribution, *given: float) -> Tensor | None:
+def _found(kernels: _Form, by_torch: _Form, p: Distribution, q: Distribution, *given: float) -> Tensor | None:
     """By the GPU's kernels, or by hand; None of log-probs, and where autograd has to do it."""
     if not (isinstance(p, TokenDist) and isinstance(q, TokenDist) and fused.width(p) == fused.width(q)):
         return None
-    found: Tensor | None = getattr(fused, form)(p, q, *given)
-    return getattr(by_hand, form)(p, q, *given) if found is None else found
+    found = kernels(p, q, *given)
+    return by_torch(p, q, *given) if found is None else found
 
 
 def clipped_kl(p: Distribution, q: Distribution, clip: float | None) -> Tensor:
@@ -54,7 +55,7 @@ def clipped_kl(p: Distribution, q: Distribution, clip: float | None) -> Tensor:
     """
     if clip is None:
         return kl(p, q)
-    found = _found("clipped_kl", p, q, clip)
+    found = _found(fused.clipped_kl, by_hand.clipped_kl, p, q, clip)
     return kl_terms(log_probs_of(p), log_probs_of(q)).clamp(max=clip).sum(-1) if found is None else found
 
 
@@ -63,7 +64,7 @@ def js(p: Distribution, q: Distribution, weight: float = 0.5) -> Tensor:
 
     At most ln 2. Its limits at weight 0 and 1 are 0, not the two KLs: those are functions of their own.
     """
-    if (found := _found("js", p, q, weight)) is not None:
+    if (found := _found(fused.js, by_hand.js, p, q, weight)) is not None:
         return found
     logp, logq = log_probs_of(p), log_probs_of(q)
     # What M adds to the gradient sums to 0 over the vocabulary, where P and Q are normalised: it may be constant.
