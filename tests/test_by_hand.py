@@ -183,7 +183,7 @@ class Made(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("name", "most"), [("kl(T, S)", 4), ("kl(S, T)", 4), ("clipped, loose", 6), ("js", 5),
+@pytest.mark.parametrize(("name", "most"), [("kl(T, S)", 4), ("kl(S, T)", 3), ("clipped, loose", 5), ("js", 5),
                                             ("top-k, js", 4)])
 def test_a_divergence_and_its_gradient_make_few_tensors_of_the_vocabularys_width(name: str, most: int) -> None:
     n, size = 3, 2**17  # a block is two rows
