@@ -73,8 +73,8 @@ def _has_onednn() -> bool:
 def scripted(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as TorchScript, which calls one operator after the other without Python between them.
 
-    As it is, where this torch cannot. For small tensors Python takes its time: 64 tokens in 16 rows of a 135M model 4.88
-    s in Python, 4.67 so (medians of ten turns, on two cores).
+    As it is, where this torch cannot. For small tensors Python takes its time: 64 tokens in 16 rows of a 135M model
+    4.88 s, and 4.67 s so (medians of ten turns, on two cores).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is frozen, and says so
