@@ -49,7 +49,7 @@ def packed(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
 def decoded(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """The responses' tokens by the sampler's cache, one of each at a time; what stands before them is left at zero."""
     prompt = {0: (key[:, None, :PROMPT], value[:, None, :PROMPT])}
-    cache = DecodeCache(prompt, torch.tensor([PROMPT]), torch.zeros(ROWS, dtype=torch.int64), WRITTEN)
+    cache = DecodeCache(prompt, torch.tensor([PROMPT]), torch.zeros(ROWS, dtype=torch.int64))
     out = query.new_zeros(query.shape[1], query.shape[0], query.shape[2])
     for place in range(WRITTEN):
         at = PROMPT + place + WRITTEN * torch.arange(ROWS)

@@ -21,8 +21,9 @@ from selftaught.methods import Method, batch_credit, build, names
 from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, TokenLoss, Verdict, View
 from selftaught.score import Backbone, Scorer, heap, views
 from selftaught.score.attention import Segments
-from selftaught.score.fused import Fused, _Forgets, _Gated, _inverse, _Linear, _Norm, _Rotated
+from selftaught.score.fused import Fused
 from selftaught.score.hub import load_model
+from selftaught.score.operations import Forgets, Gate, Gated, Linear, Norm, Rotated, inverse_root
 from selftaught.tensors import MIN_COMMON, fast_linear, pack, upcast
 from selftaught.vocabulary import sampled_log_probs
 
@@ -572,19 +573,19 @@ def test_fused_modules_give_the_models_own_numbers_and_gradients(family: str) ->
 
 
 @pytest.mark.parametrize("function, shapes", [
-    (_Norm, [(2, 3, 8), (8,)]), (_Gated, [(6, 8), (5, 8), (5, 8), (8, 5)]),
-    (_Linear, [(6, 8), (5, 8)]), (_Rotated, [(1, 2, 3, 8), (1, 1, 3, 8), (1, 1, 3, 8)]),
+    (Norm, [(2, 3, 8), (8,)]), (Gate, [(6, 5), (6, 5)]), (Gated, [(6, 8), (5, 8), (5, 8), (8, 5)]),
+    (Linear, [(6, 8), (5, 8)]), (Rotated, [(1, 2, 3, 8), (1, 1, 3, 8), (1, 1, 3, 8)]),
 ])
 def test_the_gradient_of_a_fused_function_is_that_of_its_differences(function: Any, shapes: list[Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    if function is _Rotated:
+    if function is Rotated:
         inputs[0].requires_grad_()
     else:
         inputs = [x.requires_grad_() for x in inputs]
-    rest = {_Rotated: ()}.get(function, (None, None))
-    if function is _Norm:
-        assert torch.autograd.gradcheck(lambda x, weight: _Norm.apply(x, weight, _inverse(x, 1e-6)), inputs)
+    rest = {Rotated: (), Gate: ()}.get(function, (None, None))
+    if function is Norm:
+        assert torch.autograd.gradcheck(lambda x, weight: Norm.apply(x, weight, inverse_root(x, 1e-6)), inputs)
     else:
         assert torch.autograd.gradcheck(lambda *given: function.apply(*given, *rest), inputs)
 
@@ -669,9 +670,9 @@ def test_a_gated_layer_of_few_rows_has_the_bits_of_its_separate_layers(rows: int
     generator = torch.Generator().manual_seed(rows)
     x, gate, up = (torch.randn(n, 24, generator=generator) for n in (rows, inner, inner))
     down = torch.randn(24, inner, generator=generator)
-    apart = torch.nn.functional.silu(fast_linear(x, gate)) * fast_linear(x, up)
+    apart = Gate.forward(Forgets(), fast_linear(x, gate), fast_linear(x, up))
     with torch.no_grad():
-        found = _Gated.forward(_Forgets(), x, gate, up, down, None, None)
+        found = Gated.forward(Forgets(), x, gate, up, down, None, None)
     assert found.equal(fast_linear(apart, down))
 
 

@@ -35,7 +35,7 @@ def decoded(backbone: Backbone, read: Tensor) -> Tensor:
     with backbone.decoding():
         _, layers = backbone.prefill(PROMPTS)
         group = torch.arange(len(PROMPTS)).repeat_interleave(2)
-        cache = DecodeCache(layers, torch.tensor([len(prompt) for prompt in PROMPTS]), group, read.shape[1])
+        cache = DecodeCache(layers, torch.tensor([len(prompt) for prompt in PROMPTS]), group)
         hidden = []
         for token_B in read.t():
             hidden.append(backbone.run(token_B, cache.positions(), cache))

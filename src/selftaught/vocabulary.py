@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selftaught.kernels import usable
+from selftaught.kernels import loops, usable
 from selftaught.tensors import is_wide, product, upcast, wide_linear
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ def chunk_size(vocabulary: int, device: str = "cpu") -> int:
 
 def affine(hidden_nH: Tensor, weight_VH: Tensor, bias: Tensor | None) -> Tensor:
     """h W^T + b, accumulated and kept in float32 (float64 for float64): (n, V)."""
+    taught = torch.is_grad_enabled() and (hidden_nH.requires_grad or weight_VH.requires_grad)
+    if not taught and loops.multiplies(hidden_nH.t(), weight_VH):
+        logits = hidden_nH.new_empty(hidden_nH.shape[0], weight_VH.shape[0])
+        return loops.product(hidden_nH.t(), weight_VH, bias, out_MB=logits.t()).t()
     logits = wide_linear(hidden_nH, weight_VH)
     return logits if bias is None else logits + upcast(bias)
 

@@ -8,14 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from selftaught.kernels import loops
 from selftaught.tensors import is_wide, scripted
 
-FIRST_CAPACITY = 32
+CAPACITY = loops.BLOCK  # tokens that there is room for at first
 
 
 def _held(key: Tensor) -> Tensor:
     """Keys as they are kept: on a CPU in float32 at least, since its products are as narrow as their factors."""
     return key if key.is_cuda or key.dtype == torch.float64 else key.float()
+
+
+def _upright(key: Tensor) -> Tensor:
+    """Keys (.., P, D) as (.., D, P), with room up to a whole block: scores of neighbouring keys are one vector."""
+    return pad(_held(key).mT, (0, -key.shape[-2] % loops.BLOCK)).contiguous()
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
@@ -43,13 +49,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, prompt_k: Tensor, prompt_
             hidden: Tensor | None, scaling: float) -> Tensor:
     """`DecodeCache.attend`, once there is room for the token."""
     kv_heads, rows, width = key.shape
-    repeat, prompt = query.shape[0] // kv_heads, prompt_k.shape[1]
-    held_k.select(2, written).copy_(key)
+    repeat, prompt = query.shape[0] // kv_heads, prompt_v.shape[1]
+    held_k.select(3, written).copy_(key)
     held_v.select(2, written).copy_(value)
-    own_k, own_v = held_k.flatten(0, 1)[:, : written + 1], held_v.flatten(0, 1)[:, : written + 1]
+    own_k, own_v = held_k.flatten(0, 1)[:, :, : written + 1], held_v.flatten(0, 1)[:, : written + 1]
     q = query.view(kv_heads, repeat, rows, width).transpose(1, 2).contiguous() * scaling
-    on_prompt = _by_row(_scores(_by_group(q, groups, slots), prompt_k.transpose(1, 2)), groups, repeat, place)
-    own = _scores(q.flatten(0, 1), own_k.transpose(1, 2))
+    on_prompt = _by_row(_scores(_by_group(q, groups, slots), prompt_k[:, :, :prompt]), groups, repeat, place)
+    own = _scores(q.flatten(0, 1), own_k)
     scores = torch.cat([on_prompt, own], dim=-1)  # (Hkv B, repeat, P + written + 1)
     if hidden is not None:
         scores.view(kv_heads, rows, repeat, -1).masked_fill_(hidden, -math.inf)
@@ -67,17 +73,16 @@ class DecodeCache:
     have written the same number of tokens.
     """
 
-    def __init__(self, prompts: dict[int, tuple[Tensor, Tensor]], prompt_lengths: Tensor, row_group: Tensor,
-                 most: int) -> None:
-        """`most`: tokens that a row reads at most, so that a short run never pays for the first capacity."""
+    def __init__(self, prompts: dict[int, tuple[Tensor, Tensor]], prompt_lengths: Tensor, row_group: Tensor) -> None:
+        """Keys and values of the prompts by layer, (Hkv, prompts, P, D), padded on the right."""
         self.lengths = prompt_lengths
         self.row_group = row_group
         self.written = 0
         self._masks: dict[tuple[int, int | None], Tensor] = {}
-        self._capacity = min(FIRST_CAPACITY, most)
-        # By layer (Hkv, groups, P, D), heads first, as queries come: rows of whole groups are its slots without a copy.
-        self._prompt = {layer: (_held(key), value) for layer, (key, value) in prompts.items()}
-        self._response: dict[int, tuple[Tensor, Tensor]] = {}  # (Hkv, B, capacity, D)
+        # By layer keys (Hkv, groups, D, blocks of P) and values (Hkv, groups, P, D): heads first, as queries come, so
+        # that rows of whole groups are its slots without a copy.
+        self._prompt = {layer: (_upright(key), value.contiguous()) for layer, (key, value) in prompts.items()}
+        self._response: dict[int, tuple[Tensor, Tensor]] = {}  # (Hkv, B, D, capacity), (Hkv, B, capacity, D)
         self._index_rows()
 
     def positions(self) -> Tensor:
@@ -87,21 +92,26 @@ class DecodeCache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
                window: int | None) -> Tensor:
         """One token of every row: query (Hq, B, D), key and value (Hkv, B, D) to (B, Hq, D)."""
+        held = self._room(layer, key, value)
+        if loops.usable(query, value) and loops.attends(query.shape[-1]):
+            return loops.attend(query, key, value, *self._prompt[layer], *held, self.row_group, self.lengths,
+                                self.written, window, scaling)
         prompt_k, prompt_v = self._flat[layer]
-        hidden = self._hidden(prompt_k.shape[1], window)
+        hidden = self._hidden(prompt_v.shape[1], window)
         attend = scripted(_attend) if query.is_cpu else _attend
-        return attend(query, key, value, prompt_k, prompt_v, *self._room(layer, key, value), self.written,
-                      self.lengths.shape[0], self._slots, self._place, hidden, scaling)
+        return attend(query, key, value, prompt_k, prompt_v, *held, self.written, self.lengths.shape[0], self._slots,
+                      self._place, hidden, scaling)
 
     def _room(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The responses' keys and values, (Hkv, B, capacity, D), with room for one more token."""
+        """The responses' keys and values, with room for one more token."""
         if layer not in self._response:
-            shape = (*key.shape[:2], self._capacity, key.shape[2])
-            self._response[layer] = _held(key[:0, :0]).new_empty(shape), value.new_empty(shape)
+            heads, rows, width = key.shape
+            self._response[layer] = (_held(key[:0, :0]).new_empty(heads, rows, width, CAPACITY),
+                                     value.new_empty(heads, rows, CAPACITY, width))
         held_k, held_v = self._response[layer]
-        if self.written >= held_k.shape[2]:
-            grow = (0, 0, 0, held_k.shape[2])
-            self._response[layer] = pad(held_k, grow), pad(held_v, grow)
+        capacity = held_v.shape[2]
+        if self.written >= capacity:
+            self._response[layer] = pad(held_k, (0, capacity)), pad(held_v, (0, 0, 0, capacity))
         return self._response[layer]
 
     def _hidden(self, prompt: int, window: int | None) -> Tensor | None:
@@ -139,10 +149,10 @@ class DecodeCache:
     def _index_rows(self) -> None:
         """`_slots` (groups m,): row in each slot of a group, padded with the group's first; `_place` (B,): its inverse.
 
-        None where slots and rows are the same numbers. And `_flat`: the prompts' keys and values as (Hkv groups, P, D).
+        None where slots and rows are the same numbers. And `_flat`: the prompts' with heads and groups together.
         """
         self._flat = {layer: (k.flatten(0, 1), v.flatten(0, 1)) for layer, (k, v) in self._prompt.items()}
-        self._whole = bool((self.lengths == next(iter(self._prompt.values()))[0].shape[2]).all())  # no prompt is padded
+        self._whole = bool((self.lengths == next(iter(self._prompt.values()))[1].shape[2]).all())  # no prompt is padded
         self._masks = {}
         counts = torch.bincount(self.row_group, minlength=self.lengths.shape[0])
         most = int(counts.max())

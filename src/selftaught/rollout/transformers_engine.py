@@ -106,7 +106,7 @@ class TransformersEngine:
         group = torch.tensor([prompts[row.request.prompt.token_ids] for row in active], device=device)
         hidden, layers = self.backbone.prefill(list(prompts))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        cache = DecodeCache(layers, lengths, group, sampling.max_completion_length)
+        cache = DecodeCache(layers, lengths, group)
         logits = self.backbone.logits(hidden)[group]
         for position in range(sampling.max_completion_length):
             token = self._draw(active, logits, position, sampling)

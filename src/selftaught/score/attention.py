@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 
-from selftaught.score.fused import fused
+from selftaught.kernels import loops
+from selftaught.score.operations import fused, run
 from selftaught.tensors import Packed
 
 NAME = "selftaught"
@@ -118,6 +119,24 @@ class _Rows:
         return placed.unflatten(1, (self.responses, self.longest)).transpose(0, 1)
 
 
+class _Looped(torch.autograd.Function):
+    """Attention of a packed pass by the compiled loops, which read keys and values where they lie: (T, Hq, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: loops.Layout, scaling: float) -> Tensor:
+        out, sums = loops.attend_pass(query, key, value, layout, scaling)
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.layout, ctx.scaling = layout, scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, sums = ctx.saved_tensors
+        of_inputs = loops.attend_pass_backward(grad.contiguous(), query, key, value, out, sums, ctx.layout, ctx.scaling)
+        return *of_inputs, None, None
+
+
 class _Attended(torch.autograd.Function):
     """Attention of a packed pass that keeps queries, keys, values and its result alone: (T, Hq, D).
 
@@ -161,6 +180,15 @@ class Segments:
         self._sizes = [self.common]  # a cut of the packed tokens: the gradient of one cut is one block, of slices many
         self._rows: list[_Rows | None] = []
         self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
+        sequences = [(0, self.common, 0, 0, 0)] if self.common else []
+        for group in packed.groups:
+            at = group.start + group.prompt
+            sequences += [(group.start, group.prompt, self.common, 0, 0)] if group.prompt else []
+            for length in group.responses:
+                sequences += [(at, length, self.common, group.start, group.prompt)] if length else []
+                at += length
+        self._most = max(length + common + prompt for _, length, common, _, prompt in sequences)
+        self._layout_of_pass = loops.Layout.of(sequences)
         for group in packed.groups:
             written = sum(group.responses)
             self._sizes += [group.prompt, written]
@@ -168,6 +196,9 @@ class Segments:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
                window: int | None) -> Tensor:
+        if self._by_loops(query, key, value, window):
+            looped: Tensor = run(_Looped, query, key, value, self._layout_of_pass, scaling)
+            return looped
         repeat = query.shape[0] // key.shape[0]
         if repeat > 1 and not _shares_heads(query):
             key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
@@ -175,6 +206,12 @@ class Segments:
             out: Tensor = _Attended.apply(query, key, value, self, scaling, window)
             return out
         return self.joined([_sdpa(*piece, scaling) for piece in self.cut(query, key, value, window)])
+
+    def _by_loops(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> bool:
+        """Do the compiled loops compute this? They know heads of whole vectors and one width, and no window."""
+        inputs = query, key, value
+        return (window is None or window >= self._most) and key.shape == value.shape \
+            and all(x.stride(-1) == 1 for x in inputs) and loops.usable(*inputs) and loops.attends(query.shape[-1])
 
     def cut(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> list[_Piece]:
         """The common prefix, and prompt and responses of each group, each with all that it attends to."""

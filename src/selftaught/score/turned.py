@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selftaught.kernels import loops
 from selftaught.score.attention import Attends
-from selftaught.score.fused import Fused, close, fused, is_silu
+from selftaught.score.fused import Fused, close, is_silu
+from selftaught.score.operations import fused
 from selftaught.tensors import FEW, scripted, turns
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -66,10 +68,13 @@ class _Norm:
     """An RMS norm's numbers."""
 
     def __init__(self, module: Any, eps: float, offset: float) -> None:
-        self._module, self._eps, self._offset = module, torch.tensor(eps), offset
+        self._module, self._eps, self._offset = module, eps, offset
+        self._added = torch.tensor(eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = scripted(_norm)(x, self._module.weight, self._eps, self._offset)
+        if loops.usable(x):
+            return loops.norm_turned(x.contiguous(), self._module.weight, self._eps, self._offset)
+        out: Tensor = scripted(_norm)(x, self._module.weight, self._added, self._offset)
         return out
 
 
@@ -79,7 +84,15 @@ class _Angles:
     def __init__(self) -> None:
         self._given: Tensor | None = None
 
-    def turned(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def rotate(self, query: Tensor, key: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Both (heads, D, B), turned against each other and back: (heads, B, D)."""
+        if loops.usable(query, key, *tables):
+            cos, sin = (table[0].contiguous() for table in tables)
+            return loops.rotate_turned(query, cos, sin), loops.rotate_turned(key, cos, sin)
+        found: tuple[Tensor, Tensor] = scripted(_rotated)(query, key, *self._turned(tables))
+        return found
+
+    def _turned(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if self._given is not tables[0]:
             self._given = tables[0]  # kept, so that no other step's can be taken for it
             self._cos, sin = (table[0].t().contiguous().unflatten(0, (2, -1)) for table in tables)
@@ -126,14 +139,19 @@ class _Layer:
                              for part in self._projections]
         if self._of_heads:
             query, key = (norm(x) for norm, x in zip(self._of_heads, (query, key), strict=True))
-        query, key = scripted(_rotated)(query, key, *self._angles.turned(tables))
+        query, key = self._angles.rotate(query, key, tables)
         layer, scaling, window = self.attends
         seen = segments.attend(layer, query, key, value.mT, scaling, window).flatten(1).t()  # (heads D, B)
-        x_HB = scripted(_sum)(seen, x_HB, self._out.weight) if _plain(self._out) else x_HB + _through(self._out, seen)
+        x_HB = _through(self._out, seen, x_HB)
         normed, mlp = self._between(x_HB), self._mlp
         if not self._gated:
             return x_HB + mlp(normed.t()).t()
-        out: Tensor = scripted(_gated_sum)(normed, x_HB, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+        weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        if loops.multiplies(normed, *weights):
+            gate, up, down = weights
+            inner = loops.product(normed, up, gated_MB=loops.product(normed, gate))
+            return loops.product(inner, down, residual_MB=x_HB)
+        out: Tensor = scripted(_gated_sum)(normed, x_HB, *weights)
         return out
 
 
@@ -141,12 +159,15 @@ def _plain(linear: Any) -> bool:
     return type(linear) is nn.Linear and linear.bias is None
 
 
-def _through(linear: Any, x_KB: Tensor) -> Tensor:
-    """The layer's product, (M, B); of an adapted one by its own forward."""
-    if type(linear) is not nn.Linear:
-        return linear(x_KB.t()).t()
-    out: Tensor = scripted(_product)(x_KB, linear.weight, linear.bias)
-    return out
+def _through(linear: Any, x_KB: Tensor, residual_MB: Tensor | None = None) -> Tensor:
+    """The layer's product and the residual, (M, B); of an adapted one by its own forward."""
+    if type(linear) is nn.Linear and loops.multiplies(x_KB, linear.weight):
+        return loops.product(x_KB, linear.weight, linear.bias, residual_MB=residual_MB)
+    if residual_MB is not None and _plain(linear):
+        out: Tensor = scripted(_sum)(x_KB, residual_MB, linear.weight)
+        return out
+    out = scripted(_product)(x_KB, linear.weight, linear.bias) if type(linear) is nn.Linear else linear(x_KB.t()).t()
+    return out if residual_MB is None else residual_MB + out
 
 
 class _Shown:

@@ -1,0 +1,76 @@
+"""Compiling the loops of `cpu/`, where the machine has a C compiler, and keeping them in the cache folder.
+
+They are compiled once for each kind of processor. Their threads are torch's own: its OpenMP library is loaded already,
+and serves what names no other. Without a compiler, or with SELFTAUGHT_LOOPS=0, there are none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from selftaught.places import cache_folder
+
+SOURCES = sorted(Path(__file__).with_name("cpu").glob("*.c"))
+HEADERS = sorted(Path(__file__).with_name("cpu").glob("*.h"))
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC")
+# Symbols that stay open are found in torch's own OpenMP library; other compilers bring theirs, or go without threads.
+THREADS = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), (("-fopenmp-simd",), ()))
+SECONDS = 60.0  # that a compiler may take
+
+
+def libraries() -> Iterator[ctypes.CDLL]:
+    """The loops by each compiler and kind of threads, the best first; the caller takes the first that is right."""
+    if os.environ.get("SELFTAUGHT_LOOPS") == "0":
+        return
+    for command in _compilers():
+        for compiled, linked in THREADS:
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                yield ctypes.CDLL(str(_built(command, compiled, linked)))
+
+
+def _compilers() -> list[list[str]]:
+    """The commands that may compile C here: what $CC says, or the usual names."""
+    chosen = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [["cc"], ["gcc"], ["clang"]]
+    return [command for command in chosen if shutil.which(command[0])]
+
+
+def _built(command: Sequence[str], compiled: Sequence[str], linked: Sequence[str]) -> Path:
+    """The compiled file, from the cache or made now. Raises OSError or SubprocessError where that fails."""
+    sources = [source.read_text(encoding="utf-8") for source in (*HEADERS, *SOURCES)]
+    told = [*command, *FLAGS, *compiled, *linked, _processor(), *sources]
+    name = f"loops-{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
+    folder = _folder()
+    if not (folder / name).exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            objects = [f"{source.stem}.o" for source in SOURCES]
+            steps = [[*command, *FLAGS, *compiled, "-c", *map(str, SOURCES)],
+                     [*command, *linked, "-shared", *objects, "-o", name, "-lm"]]
+            for step in steps:
+                subprocess.run(step, cwd=work, check=True, capture_output=True, timeout=SECONDS,
+                               stdin=subprocess.DEVNULL)
+            os.replace(Path(work) / name, folder / name)  # whole or not at all, whoever else compiles it
+    return folder / name
+
+
+def _folder() -> Path:
+    folder = cache_folder() / "loops"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _processor() -> str:
+    """What `-march=native` depends on, so that a home folder may be shared by machines of several kinds."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model", "CPU "))}))
+    return f"{platform.machine()} {platform.processor()} {platform.node()}"

@@ -1,0 +1,189 @@
+/* Attention of a packed pass, forward and backward, without a mask, a copy for each response, or padding.
+
+   A sequence is a run of tokens that sees itself causally, and whole what stands before it: the first `common` tokens of
+   the pass, and the run that is its prompt. Queries are taken a stripe at a time, each with the scores of all its keys
+   at once (flash attention's softmax, arXiv 2307.08691, without its blocks of keys: a stripe's scores stay in a cache up
+   to some thousand tokens). */
+
+#include "common.h"
+
+#define STRIPE 36 /* queries of one head at a time */
+
+typedef struct {
+    const float *query, *key, *value;         /* (Hq, T, D), (Hkv, T, D) twice; the steps between neighbours are below */
+    const float *grad, *out;                  /* backward: (T, Hq, D) twice */
+    const float *log_sum;                     /* backward: (Hq, T) */
+    const size *start, *length;               /* of each sequence */
+    const size *common;                       /* first tokens of the pass that it sees */
+    const size *prompt, *prompt_length;       /* and of its prompt; the length may be 0 */
+    const size *first;                        /* backward: the first sequence of each part, and their number: parts + 1 */
+    float *made, *sums;                       /* forward: (T, Hq, D), (Hq, T) */
+    float *of_query, *of_key, *of_value;      /* backward: (T, Hq, D), (T, Hkv, D) twice */
+    float *before;                            /* backward: (parts, Hkv, 2, longest, D), for what several parts share */
+    float *room;                              /* (threads, space) */
+    size sequences, parts, longest, heads, kv_heads, tokens, width, space;
+    size query_head, query_token, key_head, key_token, value_head, value_token;
+    float scaling;
+    int threads;
+} Pass;
+
+INLINE size in_blocks(size count) { return (count + BLOCK - 1) / BLOCK * BLOCK; }
+
+/* Keys before a sequence's own. */
+INLINE size prefix(const Pass *p, size sequence) { return p->common[sequence] + p->prompt_length[sequence]; }
+
+/* Where key `at` of a sequence stands in the pass. */
+INLINE size token_of(const Pass *p, size sequence, size at) {
+    if (at < p->common[sequence]) return at;
+    at -= p->common[sequence];
+    size prompt = p->prompt_length[sequence];
+    return at < prompt ? p->prompt[sequence] + at : p->start[sequence] + at - prompt;
+}
+
+/* The keys (or values) that a sequence sees: upright, (D, whole blocks), flat, (keys, D), or both. */
+static void collect(const Pass *p, const float *x, size per_token, size sequence, float *upright, float *flat) {
+    size D = p->width, keys = prefix(p, sequence) + p->length[sequence], blocks = in_blocks(keys);
+    for (size at = 0; at < keys; at++) {
+        const float *row = x + token_of(p, sequence, at) * per_token;
+        if (flat) memcpy(flat + at * D, row, D * sizeof(float));
+        if (upright)
+            for (size d = 0; d < D; d++) upright[d * blocks + at] = row[d];
+    }
+    if (upright)
+        for (size d = 0; d < D; d++) memset(upright + d * blocks + keys, 0, (blocks - keys) * sizeof(float));
+}
+
+/* q_i k_j of the rows of a stripe and `keys` keys, (rows, per_row). */
+INLINE void scored(const float *q, size per_query, const float *upright, size per_row, float *scores, size rows,
+                   size keys, size D) {
+    size i = 0;
+    for (; i + QUERIES <= rows; i += QUERIES)
+        for (size at = 0; at < keys; at += BLOCK)
+            score(q + i * per_query, per_query, upright + at, per_row, scores + i * per_row + at, per_row, QUERIES, D);
+    for (; i + 2 <= rows; i += 2)
+        for (size at = 0; at < keys; at += BLOCK)
+            score(q + i * per_query, per_query, upright + at, per_row, scores + i * per_row + at, per_row, 2, D);
+    for (; i < rows; i++)
+        for (size at = 0; at < keys; at += BLOCK)
+            score(q + i * per_query, per_query, upright + at, per_row, scores + i * per_row + at, per_row, 1, D);
+}
+
+/* out_i += sum_j w_ij m_j */
+INLINE void combined(const float *w, size w_i, size w_j, const float *m, size per_m, float *out, size per_out, size rows,
+                     size count, size D) {
+    size i = 0;
+    for (; i + QUERIES <= rows; i += QUERIES)
+        combine_all(w + i * w_i, w_i, w_j, m, per_m, out + i * per_out, per_out, QUERIES, count, D);
+    for (; i + 2 <= rows; i += 2) combine_all(w + i * w_i, w_i, w_j, m, per_m, out + i * per_out, per_out, 2, count, D);
+    for (; i < rows; i++) combine_all(w + i * w_i, w_i, w_j, m, per_m, out + i * per_out, per_out, 1, count, D);
+}
+
+INLINE void forward(const Pass *p, size sequence, size kv_head, float *room, size D) {
+    size keys = prefix(p, sequence) + p->length[sequence], blocks = in_blocks(keys), repeat = p->heads / p->kv_heads;
+    float *upright = room, *values = upright + D * blocks, *scores = values + D * blocks;
+    collect(p, p->key + kv_head * p->key_head, p->key_token, sequence, upright, NULL);
+    collect(p, p->value + kv_head * p->value_head, p->value_token, sequence, NULL, values);
+    for (size head = kv_head * repeat; head < (kv_head + 1) * repeat; head++)
+        for (size first = 0; first < p->length[sequence]; first += STRIPE) {
+            size rows = p->length[sequence] - first < STRIPE ? p->length[sequence] - first : STRIPE;
+            size token = p->start[sequence] + first, seen = prefix(p, sequence) + first + rows;
+            float *out = p->made + (token * p->heads + head) * D;
+            scored(p->query + head * p->query_head + token * p->query_token, p->query_token, upright, blocks, scores,
+                   rows, seen, D);
+            for (size i = 0; i < rows; i++) {
+                float *of_i = scores + i * blocks;
+                size mine = seen - rows + i + 1;
+                p->sums[head * p->tokens + token + i] = softmax(of_i, mine, p->scaling);
+                memset(of_i + mine, 0, (seen - mine) * sizeof(float));
+                memset(out + i * p->heads * D, 0, D * sizeof(float));
+            }
+            combined(scores, blocks, 1, values, D, out, p->heads * D, rows, seen, D);
+        }
+}
+
+/* (T, Hq, D), and the logarithms of the softmaxes' sums. */
+void attend_pass(const Pass *p) {
+#pragma omp parallel for num_threads(p->threads) schedule(static)
+    for (int thread = 0; thread < p->threads; thread++)
+        for (size task = thread; task < p->sequences * p->kv_heads; task += p->threads) {
+            float *room = p->room + thread * p->space;
+            if (p->width == 64) forward(p, task / p->kv_heads, task % p->kv_heads, room, 64);
+            else forward(p, task / p->kv_heads, task % p->kv_heads, room, p->width);
+        }
+}
+
+/* One part: some sequences of one prompt, under one key head. */
+INLINE void backward(const Pass *p, size part, size kv_head, float *room, size D) {
+    size repeat = p->heads / p->kv_heads, wide = p->heads * D, longest = 0;
+    for (size s = p->first[part]; s < p->first[part + 1]; s++)
+        longest = p->length[s] > longest ? p->length[s] : longest;
+    size ahead = prefix(p, p->first[part]), most = in_blocks(ahead + longest);
+    float *upright_k = room, *upright_v = upright_k + D * most, *flat_k = upright_v + D * most;
+    float *of_k = flat_k + D * most, *of_v = of_k + D * most, *probs = of_v + D * most, *back = probs + STRIPE * most;
+    memset(of_k, 0, 2 * D * most * sizeof(float));
+    for (size s = p->first[part]; s < p->first[part + 1]; s++) {
+        size keys = ahead + p->length[s], blocks = in_blocks(keys);
+        collect(p, p->key + kv_head * p->key_head, p->key_token, s, upright_k, flat_k);
+        collect(p, p->value + kv_head * p->value_head, p->value_token, s, upright_v, NULL);
+        for (size head = kv_head * repeat; head < (kv_head + 1) * repeat; head++)
+            for (size first = 0; first < p->length[s]; first += STRIPE) {
+                size rows = p->length[s] - first < STRIPE ? p->length[s] - first : STRIPE;
+                size token = p->start[s] + first, seen = ahead + first + rows;
+                const float *query = p->query + head * p->query_head + token * p->query_token;
+                const float *grad = p->grad + (token * p->heads + head) * D;
+                const float *out = p->out + (token * p->heads + head) * D;
+                float *of_query = p->of_query + (token * p->heads + head) * D;
+                scored(query, p->query_token, upright_k, blocks, probs, rows, seen, D);
+                scored(grad, wide, upright_v, blocks, back, rows, seen, D);
+                for (size i = 0; i < rows; i++) {
+                    float *w = probs + i * blocks, *b = back + i * blocks, along = 0;
+                    float sum = p->log_sum[head * p->tokens + token + i];
+                    size mine = seen - rows + i + 1;
+#pragma omp simd reduction(+ : along)
+                    for (size d = 0; d < D; d++) along += grad[i * wide + d] * out[i * wide + d];
+#pragma omp simd
+                    for (size at = 0; at < mine; at++) {
+                        w[at] = exponential(w[at] * p->scaling - sum);
+                        b[at] = w[at] * (b[at] - along) * p->scaling;
+                    }
+                    memset(w + mine, 0, (seen - mine) * sizeof(float));
+                    memset(b + mine, 0, (seen - mine) * sizeof(float));
+                    memset(of_query + i * wide, 0, D * sizeof(float));
+                }
+                combined(back, blocks, 1, flat_k, D, of_query, wide, rows, seen, D);
+                combined(probs, 1, blocks, grad, wide, of_v, D, seen, rows, D);
+                combined(back, 1, blocks, query, p->query_token, of_k, D, seen, rows, D);
+            }
+        for (size at = 0; at < p->length[s]; at++) { /* nobody else sees these */
+            size to = ((p->start[s] + at) * p->kv_heads + kv_head) * D;
+            memcpy(p->of_key + to, of_k + (ahead + at) * D, D * sizeof(float));
+            memcpy(p->of_value + to, of_v + (ahead + at) * D, D * sizeof(float));
+        }
+        memset(of_k + ahead * D, 0, p->length[s] * D * sizeof(float));
+        memset(of_v + ahead * D, 0, p->length[s] * D * sizeof(float));
+    }
+    float *before = p->before + (part * p->kv_heads + kv_head) * 2 * p->longest * D;
+    memcpy(before, of_k, ahead * D * sizeof(float));
+    memcpy(before + p->longest * D, of_v, ahead * D * sizeof(float));
+}
+
+/* The gradients of queries, keys and values from that of the result. */
+void attend_pass_backward(const Pass *p) {
+    size D = p->width;
+#pragma omp parallel for num_threads(p->threads) schedule(static)
+    for (int thread = 0; thread < p->threads; thread++)
+        for (size task = thread; task < p->parts * p->kv_heads; task += p->threads) {
+            float *room = p->room + thread * p->space;
+            if (D == 64) backward(p, task / p->kv_heads, task % p->kv_heads, room, 64);
+            else backward(p, task / p->kv_heads, task % p->kv_heads, room, D);
+        }
+    for (size part = 0; part < p->parts; part++) /* in order: what a part's sequences see before themselves */
+        for (size head = 0; head < p->kv_heads; head++) {
+            const float *before = p->before + (part * p->kv_heads + head) * 2 * p->longest * D;
+            for (size at = 0; at < prefix(p, p->first[part]); at++) {
+                size to = (token_of(p, p->first[part], at) * p->kv_heads + head) * D;
+                for (size d = 0; d < D; d++) p->of_key[to + d] += before[at * D + d];
+                for (size d = 0; d < D; d++) p->of_value[to + d] += before[(p->longest + at) * D + d];
+            }
+        }
+}

@@ -1,0 +1,107 @@
+/* What the loops have in common: numbers, vectors of them, and the two products of which attention consists.
+
+   Everything is float32. n rows, H hidden width, B rows of a decoding step, D of one head, T tokens of a pass. A loop's
+   work is cut in as many fixed parts as there are threads: numbers depend on their count, never on which came first.
+   Sizes and pointers are checked by loops.py, their only caller. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef int64_t size;
+
+#define SMALL 16384 /* numbers for which a second thread is not woken */
+#define LANES 16    /* numbers of a vector, which a compiler cuts down to what the processor has */
+#define BLOCK 32    /* keys that are scored at a time */
+#define PARTS 4     /* vectors of a value that are summed at a time */
+#define LINE 16     /* numbers of a line of the cache */
+#define ROWS 8      /* of a weight at a time: more would share a set of the cache, where they lie 4 KiB apart */
+#ifdef __AVX512F__
+#define PANEL 16    /* columns at a time: a vector */
+#define QUERIES 6   /* at a time, as many as leave registers for the rest */
+#else
+#define PANEL 8
+#define QUERIES 4
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE vector load(const float *x) { return *(const vector *)x; }
+INLINE void store(float *x, vector y) { *(vector *)x = y; }
+
+/* e^x to 2 units in the last place: 2^k e^r, |r| <= log(2) / 2, by the polynomial of Cephes' expf; 0 and infinity
+   beyond +-88. */
+INLINE float exponential(float x) {
+    float at = x < -87.3f ? -87.3f : x > 88.37f ? 88.37f : x;
+    float k = rintf(at * 1.44269504088896341f);
+    float r = (at - k * 0.693359375f) + k * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    union { int32_t bits; float value; } power = {((int32_t)k + 127) << 23};
+    float y = (p * r * r + r + 1.0f) * power.value;
+    return x < -87.3f ? 0.0f : x > 88.37f ? INFINITY : y;
+}
+
+INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+INLINE float silu(float x) { return x * sigmoid(x); }
+
+/* scores[r][at] = q_r k_at for `count` queries and the keys of a block: (count, per_scores), keys (D, per_keys). */
+INLINE void score(const float *q, size per_query, const float *keys, size per_keys, float *scores, size per_scores,
+                  size count, size D) {
+    vector sums[QUERIES][2] = {0};
+    for (size d = 0; d < D; d++) {
+        vector low = load(keys + d * per_keys), high = load(keys + d * per_keys + LANES);
+        for (size r = 0; r < count; r++) {
+            sums[r][0] += q[r * per_query + d] * low;
+            sums[r][1] += q[r * per_query + d] * high;
+        }
+    }
+    for (size r = 0; r < count; r++) {
+        store(scores + r * per_scores, sums[r][0]);
+        store(scores + r * per_scores + LANES, sums[r][1]);
+    }
+}
+
+/* out[i] += sum_j w[i][j] m_j for `rows` rows i, of `parts` vectors of each m_j: w by steps, `count` of m apart by per_m. */
+INLINE void combine(const float *w, size w_i, size w_j, const float *m, size per_m, float *out, size per_out, size rows,
+                    size count, size parts) {
+    vector sums[QUERIES][PARTS];
+    for (size i = 0; i < rows; i++)
+        for (size part = 0; part < parts; part++) sums[i][part] = load(out + i * per_out + part * LANES);
+    for (size j = 0; j < count; j++)
+        for (size part = 0; part < parts; part++) {
+            vector v = load(m + j * per_m + part * LANES);
+            for (size i = 0; i < rows; i++) sums[i][part] += w[i * w_i + j * w_j] * v;
+        }
+    for (size i = 0; i < rows; i++)
+        for (size part = 0; part < parts; part++) store(out + i * per_out + part * LANES, sums[i][part]);
+}
+
+/* The same over all D numbers, whole vectors of them. */
+INLINE void combine_all(const float *w, size w_i, size w_j, const float *m, size per_m, float *out, size per_out,
+                        size rows, size count, size D) {
+    size d = 0;
+    for (; d + PARTS * LANES <= D; d += PARTS * LANES)
+        combine(w, w_i, w_j, m + d, per_m, out + d, per_out, rows, count, PARTS);
+    for (; d < D; d += LANES) combine(w, w_i, w_j, m + d, per_m, out + d, per_out, rows, count, 1);
+}
+
+/* softmax(scaling x), in place; returns the logarithm of its sum. */
+INLINE float softmax(float *x, size count, float scaling) {
+    float most = -INFINITY, sum = 0;
+    for (size i = 0; i < count; i++) most = x[i] > most ? x[i] : most;
+#pragma omp simd reduction(+ : sum)
+    for (size i = 0; i < count; i++) {
+        float e = exponential((x[i] - most) * scaling);
+        x[i] = e;
+        sum += e;
+    }
+    float share = 1.0f / sum;
+    for (size i = 0; i < count; i++) x[i] *= share;
+    return most * scaling + logf(sum);
+}

@@ -1,0 +1,160 @@
+/* A decoding step, for few rows, which are the last axis from layer to layer: products, norms, attention. */
+
+#include "common.h"
+
+/* x (w + offset) root over the middle axis of x (groups, H, B), with room for B numbers. */
+void norm_turned(const float *x, const float *w, float *y, float *root, size groups, size H, size B, float eps,
+                 float offset) {
+    for (size g = 0; g < groups; g++, x += H * B, y += H * B) {
+        memset(root, 0, B * sizeof(float));
+        for (size h = 0; h < H; h++)
+#pragma omp simd
+            for (size b = 0; b < B; b++) root[b] += x[h * B + b] * x[h * B + b];
+        for (size b = 0; b < B; b++) root[b] = 1.0f / sqrtf(root[b] / (float)H + eps);
+        for (size h = 0; h < H; h++)
+#pragma omp simd
+            for (size b = 0; b < B; b++) y[h * B + b] = x[h * B + b] * root[b] * (w[h] + offset);
+    }
+}
+
+/* `rotate` of x (heads, D, B) by cos and sin (B, D), turned back: (heads, B, D). */
+void rotate_turned(const float *x, const float *cos, const float *sin, float *out, size heads, size D, size B) {
+    size half = D / 2;
+    for (size head = 0; head < heads; head++, x += D * B, out += B * D)
+        for (size b = 0; b < B; b++) {
+            const float *c = cos + b * D, *s = sin + b * D;
+            float *to = out + b * D;
+            for (size d = 0; d < half; d++) {
+                float low = x[d * B + b], high = x[(half + d) * B + b];
+                to[d] = low * c[d] - high * s[d];
+                to[half + d] = high * c[half + d] + low * s[half + d];
+            }
+        }
+}
+
+/* Sums of `rows` rows of w (M, K) with a panel of x, (K, width), to (rows, width). What comes next is called for. */
+#define TILE(width)                                                                                                \
+    INLINE void tile_##width(const float *x, const float *w, float *sums, size K, size rows) {                     \
+        typedef float panel __attribute__((vector_size(4 * width), aligned(4), may_alias));                        \
+        panel s[ROWS];                                                                                             \
+        for (size r = 0; r < rows; r++) s[r] = (panel){0};                                                         \
+        for (size k = 0; k < K; k++) {                                                                             \
+            panel v = *(const panel *)(x + k * width);                                                             \
+            if (k % LINE == 0)                                                                                     \
+                for (size r = 0; r < rows; r++) __builtin_prefetch(w + (rows + r) * K + k, 0, 2);                  \
+            for (size r = 0; r < rows; r++) s[r] += w[r * K + k] * v;                                              \
+        }                                                                                                          \
+        for (size r = 0; r < rows; r++) *(panel *)(sums + r * width) = s[r];                                       \
+    }
+TILE(16)
+TILE(8)
+
+typedef struct {
+    const float *x, *w;                          /* (K, B); (M, K) */
+    const float *bias, *gated, *residual;        /* (M), (M, B), (M, B), each of them or NULL */
+    float *room, *out;                           /* (K, B in whole panels); (M, B) */
+    size M, K, B, x_k, x_b, out_m, out_b;        /* and how far apart neighbours are; all (M, B) lie as out does */
+    int threads;
+} Product;
+
+INLINE size panel_width(size B, size first) { return B - first > 8 ? PANEL : 8; }
+
+/* x in panels of columns, (K, width) each, with zeros beyond the last. */
+INLINE const float *panels(const Product *p) {
+    if (p->B == PANEL && p->x_b == 1 && p->x_k == PANEL) return p->x;
+    for (size first = 0; first < p->B; first += PANEL) {
+        size width = panel_width(p->B, first), real = p->B - first < width ? p->B - first : width;
+        float *to = p->room + first * p->K;
+        for (size k = 0; k < p->K; k++)
+            for (size b = 0; b < width; b++)
+                to[k * width + b] = b < real ? p->x[k * p->x_k + (first + b) * p->x_b] : 0.0f;
+    }
+    return p->room;
+}
+
+/* Rows m to m + rows of the product. */
+INLINE void product_rows(const Product *p, const float *x, size m, size rows) {
+    float sums[ROWS * 16];
+    for (size first = 0; first < p->B; first += PANEL) {
+        size width = panel_width(p->B, first), real = p->B - first < width ? p->B - first : width;
+        if (width == 16) tile_16(x + first * p->K, p->w + m * p->K, sums, p->K, rows);
+        else tile_8(x + first * p->K, p->w + m * p->K, sums, p->K, rows);
+        for (size r = 0; r < rows; r++) {
+            size at = (m + r) * p->out_m + first * p->out_b;
+            float *sum = sums + r * width;
+            if (p->bias)
+                for (size b = 0; b < real; b++) sum[b] += p->bias[m + r];
+            if (p->gated)
+#pragma omp simd
+                for (size b = 0; b < real; b++) sum[b] *= silu(p->gated[at + b * p->out_b]);
+            if (p->residual)
+                for (size b = 0; b < real; b++) sum[b] += p->residual[at + b * p->out_b];
+            for (size b = 0; b < real; b++) p->out[at + b * p->out_b] = sum[b];
+        }
+    }
+}
+
+/* silu(gated) (W x + bias) + residual, for few columns: the weight is read once, in the order in which it lies. */
+void product(const Product *p) {
+    const float *x = panels(p);
+#pragma omp parallel for num_threads(p->threads) if (p->M * p->K > SMALL) schedule(static)
+    for (int part = 0; part < p->threads; part++) {
+        size m = p->M * part / p->threads / ROWS * ROWS, end = p->M * (part + 1) / p->threads / ROWS * ROWS;
+        if (part + 1 == p->threads) end = p->M;
+        for (; m + ROWS <= end; m += ROWS) product_rows(p, x, m, ROWS);
+        for (; m < end; m++) product_rows(p, x, m, 1);
+    }
+}
+
+typedef struct {
+    const float *query, *key, *value;   /* (Hq, B, D), (Hkv, B, D) twice: the token that each row reads */
+    const float *prompt_k, *prompt_v;   /* (Hkv, groups, D, P), (Hkv, groups, P', D): P in whole blocks, P' <= P */
+    float *held_k, *held_v;             /* (Hkv, B, D, capacity), (Hkv, B, capacity, D): what each row has written */
+    const size *group, *length;         /* of each row (B), of each group's prompt (groups) */
+    float *scores, *out;                /* room (threads, QUERIES, P + capacity); (B, Hq, D) */
+    size kv_heads, repeat, rows, groups, prompt, values, capacity, written, width, window;
+    float scaling;
+    int threads;
+} Attention;
+
+/* `count` queries of a row that share their key head, the first of them `first`. */
+INLINE void attend_queries(const Attention *a, size head, size row, size first, size count, float *scores) {
+    size D = a->width, P = a->prompt, group = a->group[row], one = head * a->rows + row, per_scores = P + a->capacity;
+    size length = a->length[group], end = a->written + 1, sight = length + end - a->window; /* the first in sight */
+    size start = sight < 0 ? 0 : sight < length ? sight : length, begin = sight > length ? sight - length : 0;
+    const float *query = a->query + ((head * a->repeat + first) * a->rows + row) * D, *own_v = a->held_v;
+    const float *prompt_k = a->prompt_k + (head * a->groups + group) * D * P, *own_k = a->held_k;
+    const float *prompt_v = a->prompt_v + (head * a->groups + group) * a->values * D;
+    float *out = a->out + ((row * a->kv_heads + head) * a->repeat + first) * D;
+    own_k += one * D * a->capacity, own_v += one * a->capacity * D;
+    for (size at = start / BLOCK * BLOCK; at < length; at += BLOCK)
+        score(query, a->rows * D, prompt_k + at, P, scores + at, per_scores, count, D);
+    for (size at = begin / BLOCK * BLOCK; at < end; at += BLOCK)
+        score(query, a->rows * D, own_k + at, a->capacity, scores + P + at, per_scores, count, D);
+    /* what was written stands behind the prompt without a gap */
+    for (size r = 0; r < count; r++) {
+        float *of_r = scores + r * per_scores;
+        memmove(of_r + length, of_r + P + begin, (end - begin) * sizeof(float));
+        softmax(of_r + start, length - start + end - begin, a->scaling);
+    }
+    memset(out, 0, count * D * sizeof(float));
+    combine_all(scores + start, per_scores, 1, prompt_v + start * D, D, out, D, count, length - start, D);
+    combine_all(scores + length, per_scores, 1, own_v + begin * D, D, out, D, count, end - begin, D);
+}
+
+/* Attention of one token of every row over its prompt and what it has written, the token included; D in whole vectors. */
+void attend(const Attention *a) {
+    size tasks = a->kv_heads * a->rows, room = QUERIES * (a->prompt + a->capacity), D = a->width;
+#pragma omp parallel for num_threads(a->threads) if (tasks * room * D > SMALL) schedule(static)
+    for (int part = 0; part < a->threads; part++)
+        for (size task = tasks * part / a->threads; task < tasks * (part + 1) / a->threads; task++) {
+            size head = task / a->rows, row = task % a->rows, first = 0;
+            float *scores = a->scores + part * room;
+            for (size d = 0; d < D; d++) a->held_k[(task * D + d) * a->capacity + a->written] = a->key[task * D + d];
+            memcpy(a->held_v + (task * a->capacity + a->written) * D, a->value + task * D, D * sizeof(float));
+            for (; first + 4 <= a->repeat; first += 4) attend_queries(a, head, row, first, 4, scores);
+            if (a->repeat - first == 3) attend_queries(a, head, row, first, 3, scores);
+            if (a->repeat - first == 2) attend_queries(a, head, row, first, 2, scores);
+            if (a->repeat - first == 1) attend_queries(a, head, row, first, 1, scores);
+        }
+}

@@ -1,0 +1,318 @@
+"""Compiled loops for float32 on a CPU, where the machine has a C compiler (`compiled`); `usable` says whether.
+
+Each has the numbers of torch's operators but for the order of roundings, and some are checked against them when they
+are loaded. Without them the callers take torch's operators.
+
+Shapes: n rows, H hidden width, D of one head, T tokens of a pass, B rows of a decoding step, G prompts, P tokens of the
+longest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from selftaught.kernels.compiled import libraries
+
+COLUMNS = 32  # of a product that is faster here than in oneDNN
+LANES, BLOCK, STRIPE, QUERIES, PANEL = 16, 32, 36, 6, 16  # as in cpu/, where they may be less
+CLOSE = 1e-5  # of the largest number of a probe
+_off = False
+_loops: ctypes.CDLL | None = None
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Are these float32 on a CPU, and are there loops for them? Whoever calls a loop makes them contiguous."""
+    return not _off and all(x.dtype == torch.float32 and x.is_cpu for x in tensors) and _works()
+
+
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+    """Use torch's operators alone, to compare with."""
+    global _off
+    _off, before = True, _off
+    try:
+        yield
+    finally:
+        _off = before
+
+
+# ------------------------------------------------------------------------------------------------------- update
+
+
+def inverse_root(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of x (..., H): (..., 1)."""
+    root, width = x.new_empty(*x.shape[:-1], 1), x.shape[-1]
+    _call().inverse_root(*_at(x, root), x.numel() // width, width, eps, torch.get_num_threads())
+    return root
+
+
+def norm(x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
+    """x w root of x (..., H), w (H,) and the root (..., 1)."""
+    y, width = torch.empty_like(x), x.shape[-1]
+    _call().norm(*_at(x, weight, root, y), x.numel() // width, width, torch.get_num_threads())
+    return y
+
+
+def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight, from that of `norm`."""
+    threads, width = torch.get_num_threads(), x.shape[-1]
+    of_x, of_weight = torch.empty_like(x), x.new_empty(threads, width)
+    _call().norm_backward(*_at(grad, x, weight, root, of_x, of_weight), x.numel() // width, width, threads)
+    return of_x, of_weight.sum(0)
+
+
+def gate(gated: Tensor, raised: Tensor, inplace: bool = False) -> Tensor:
+    """silu(gated) raised, in the memory of `gated` if asked for."""
+    out = gated if inplace else torch.empty_like(gated)
+    _call().gate(*_at(gated, raised, out), gated.numel(), torch.get_num_threads())
+    return out
+
+
+def gate_backward(gated: Tensor, raised: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of both from that of `gate`, which becomes the gate's output in place."""
+    of_gated, of_raised = torch.empty_like(gated), torch.empty_like(gated)
+    _call().gate_backward(*_at(gated, raised, grad, of_gated, of_raised), gated.numel(), torch.get_num_threads())
+    return of_gated, of_raised
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """x cos + rotate_half(x) sin of x (heads, n, D), in any order of memory whose last axis is D; cos and sin (n, D).
+
+    `back` takes its gradient to that of x.
+    """
+    out = torch.empty_like(x)
+    _call().rotate(*_at(x, cos, sin, out), *x.shape, *x.stride()[:2], back, torch.get_num_threads())
+    return out
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a packed pass lie: runs of tokens, causal among themselves, that see what is before whole.
+
+    (5, sequences): start and length, how many first tokens of the pass it sees, start and length of its prompt. Those
+    of one prompt follow one another.
+    """
+
+    sequences: Tensor
+
+    @classmethod
+    def of(cls, sequences: list[tuple[int, int, int, int, int]]) -> Layout:
+        return cls(torch.tensor(sequences, dtype=torch.int64).view(-1, 5).t().contiguous())
+
+    def parts(self, kv_heads: int) -> Tensor:
+        """The first sequence of each part, and their number: work for every thread, of sequences with one prompt."""
+        same = self.sequences[2:].t().tolist()
+        starts = [i for i, it in enumerate(same) if not i or it != same[i - 1]]
+        pieces = -(-2 * torch.get_num_threads() // (kv_heads * len(starts)))
+        cuts = [first + (end - first) * piece // pieces
+                for first, end in pairwise([*starts, len(same)]) for piece in range(pieces)]
+        return torch.tensor([*dict.fromkeys(cuts), len(same)], dtype=torch.int64)
+
+
+class _Pass(ctypes.Structure):
+    """As in cpu/attention.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "query", "key", "value", "grad", "out", "log_sum", "start", "length", "common", "prompt", "prompt_length",
+            "first", "made", "sums", "of_query", "of_key", "of_value", "before", "room")),
+        *((name, ctypes.c_int64) for name in (
+            "sequences", "parts", "longest", "heads", "kv_heads", "tokens", "width", "space", "query_head",
+            "query_token", "key_head", "key_token", "value_head", "value_token")),
+        ("scaling", ctypes.c_float), ("threads", ctypes.c_int),
+    ]  # fmt: skip
+
+
+def attend_pass(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention of a packed pass: query (Hq, T, D), key and value (Hkv, T, D) to (T, Hq, D) and log-sums (Hq, T)."""
+    heads, tokens, width = query.shape
+    made, sums = query.new_empty(tokens, heads, width), query.new_empty(heads, tokens)
+    given, _room = _pass(query, key, value, layout, scaling, 2, 1)
+    given.made, given.sums = _at(made, sums)
+    _call().attend_pass(ctypes.byref(given))
+    return made, sums
+
+
+def attend_pass_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor,
+                         layout: Layout, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, in the order of memory of (T, heads, D), from that of `attend_pass`."""
+    tokens, width = query.shape[1:]
+    made = [query.new_empty(tokens, x.shape[0], width) for x in (query, key, value)]
+    first, longest = layout.parts(key.shape[0]), int((layout.sequences[2] + layout.sequences[4]).max())
+    before = query.new_empty(first.shape[0] - 1, key.shape[0], 2, longest, width)
+    given, _room = _pass(query, key, value, layout, scaling, 5, 2)
+    given.grad, given.out, given.log_sum, given.first, given.before = _at(grad, out, sums, first, before)
+    given.of_query, given.of_key, given.of_value = _at(*made)
+    given.parts, given.longest = first.shape[0] - 1, longest
+    _call().attend_pass_backward(ctypes.byref(given))
+    return made[0].transpose(0, 1), made[1].transpose(0, 1), made[2].transpose(0, 1)
+
+
+def _pass(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, wide: int, stripes: int
+          ) -> tuple[_Pass, Tensor]:
+    """What both directions are given, and the room that it points to, which must be held while they run.
+
+    `wide` matrices (keys, D) and `stripes` of scores for each thread.
+    """
+    heads, tokens, width = query.shape
+    most = -(-int(layout.sequences[[1, 2, 4]].sum(0).max()) // BLOCK) * BLOCK
+    space, threads = most * (wide * width + stripes * STRIPE), torch.get_num_threads()
+    room = query.new_empty(threads, space)
+    given = _Pass(threads=threads, scaling=scaling, sequences=layout.sequences.shape[1], heads=heads,
+                  kv_heads=key.shape[0], tokens=tokens, width=width, space=space)
+    given.query, given.key, given.value, given.room = _at(query, key, value, room)
+    given.start, given.length, given.common, given.prompt, given.prompt_length = _at(*layout.sequences)
+    given.query_head, given.query_token = query.stride()[:2]
+    given.key_head, given.key_token = key.stride()[:2]
+    given.value_head, given.value_token = value.stride()[:2]
+    return given, room
+
+
+# ----------------------------------------------------------------------------------------------------- decoding
+
+
+class _Product(ctypes.Structure):
+    """As in cpu/decoding.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w", "bias", "gated", "residual", "room", "out")),
+        *((name, ctypes.c_int64) for name in ("M", "K", "B", "x_k", "x_b", "out_m", "out_b")),
+        ("threads", ctypes.c_int),
+    ]  # fmt: skip
+
+
+def multiplies(x_KB: Tensor, *weights: Tensor) -> bool:
+    """Is `product` the fastest for all of these?"""
+    return x_KB.shape[-1] <= COLUMNS and all(w.is_contiguous() for w in weights) and usable(x_KB, *weights)
+
+
+def product(x_KB: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None, gated_MB: Tensor | None = None,
+            residual_MB: Tensor | None = None, out_MB: Tensor | None = None) -> Tensor:
+    """silu(gated) (W x + bias) + residual, (M, B), for few columns x (K, B), in any order.
+
+    What is given beside x and the weight must lie in memory as the result does.
+    """
+    (height, width), columns = weight_MK.shape, x_KB.shape[1]
+    out = x_KB.new_empty(height, columns) if out_MB is None else out_MB
+    room = x_KB.new_empty(width, -(-columns // PANEL) * PANEL)
+    more = [None if x is None else x.data_ptr() for x in (bias_M, gated_MB, residual_MB)]
+    _call().product(ctypes.byref(_Product(
+        *_at(x_KB, weight_MK), *more, *_at(room, out), height, width, columns, *x_KB.stride(), *out.stride(),
+        torch.get_num_threads())))
+    return out
+
+
+def norm_turned(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """x (w + offset) / sqrt(mean(x^2) + eps), over the axis before the last: (..., H, B)."""
+    y, room, (height, rows) = torch.empty_like(x), x.new_empty(x.shape[-1]), x.shape[-2:]
+    _call().norm_turned(*_at(x, weight, y, room), x.numel() // (height * rows), height, rows, eps, offset)
+    return y
+
+
+def rotate_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` of x (heads, D, B) by cos and sin (B, D), turned back: (heads, B, D)."""
+    heads, width, rows = x.shape
+    out = x.new_empty(heads, rows, width)
+    _call().rotate_turned(*_at(x, cos, sin, out), heads, width, rows)
+    return out
+
+
+class _Attention(ctypes.Structure):
+    """As in cpu/decoding.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "prompt_k", "prompt_v", "held_k", "held_v",
+                                               "group", "length", "scores", "out")),
+        *((name, ctypes.c_int64) for name in ("kv_heads", "repeat", "rows", "groups", "prompt", "values", "capacity",
+                                              "written", "width", "window")),
+        ("scaling", ctypes.c_float), ("threads", ctypes.c_int),
+    ]  # fmt: skip
+
+
+def attends(width: int) -> bool:
+    """Does `attend` take heads of so many numbers?"""
+    return width % LANES == 0
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, prompt_k: Tensor, prompt_v: Tensor, held_k: Tensor,
+           held_v: Tensor, group: Tensor, length: Tensor, written: int, window: int | None, scaling: float) -> Tensor:
+    """Attention of one token of every row over its prompt and what it has written, this token included: (B, Hq, D).
+
+    query (Hq, B, D), key and value (Hkv, B, D); of the prompts (Hkv, G, D, P) and (Hkv, G, P' <= P, D); held
+    (Hkv, B, D, capacity) and (Hkv, B, capacity, D), where this token's are put; P and capacity in whole blocks; the
+    group of each row (B,) and the length of each group's prompt (G,), int64. `window`: keys that a token sees at most.
+    """
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    (kv_heads, rows, capacity, width), threads = held_v.shape, torch.get_num_threads()
+    groups, _, prompt = prompt_k.shape[1:]
+    scores = query.new_empty(threads, QUERIES, prompt + capacity)
+    out = query.new_empty(rows, query.shape[0], width)
+    seen = prompt + capacity if window is None else window
+    _call().attend(ctypes.byref(_Attention(
+        *_at(query, key, value, prompt_k, prompt_v, held_k, held_v, group, length, scores, out), kv_heads,
+        query.shape[0] // kv_heads, rows, groups, prompt, prompt_v.shape[2], capacity, written, width, seen, scaling,
+        threads)))
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+def _at(*tensors: Tensor) -> list[int]:
+    """Where they lie; whoever asks holds them until the loop has returned."""
+    return [x.data_ptr() for x in tensors]
+
+
+def _call() -> Any:
+    assert _loops is not None, "no loops: `usable` was not asked"
+    return _loops
+
+
+@cache
+def _works() -> bool:
+    """Are there loops, and do they count right? Asked once."""
+    global _loops
+    for _loops in libraries():
+        with contextlib.suppress(AttributeError, RuntimeError):
+            _declare(_loops)
+            check()
+            return True
+    _loops = None
+    return False
+
+
+def check() -> None:
+    """Raises RuntimeError where a loop's numbers are not torch's, on a few drawn ones."""
+    x, up = torch.randn(2, 5, 33, generator=torch.Generator().manual_seed(0))
+    exact = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    found = (("norm", norm(x, up[0], inverse_root(x, 1e-6)), x * exact * up[0]), ("gate", gate(x, up), silu(x) * up),
+             ("product", product(x.t(), up), up @ x.t()))
+    for name, ours, torchs in found:
+        gap = float((ours - torchs).abs().max())
+        if not gap < CLOSE * float(torchs.abs().max()):
+            raise RuntimeError(f"{name} is {gap:.1e} from what it should be")
+
+
+def _declare(library: Any) -> None:
+    """The types of what the loops are given; a size where nothing else is said."""
+    at, size, real, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    given = {
+        "inverse_root": [at] * 2 + [size, size, real, whole], "norm": [at] * 4 + [size, size, whole],
+        "norm_backward": [at] * 6 + [size, size, whole], "gate": [at] * 3 + [size, whole],
+        "gate_backward": [at] * 5 + [size, whole], "rotate": [at] * 4 + [size] * 5 + [whole, whole],
+        "norm_turned": [at] * 4 + [size] * 3 + [real, real], "rotate_turned": [at] * 4 + [size] * 3,
+        "attend": [at], "product": [at], "attend_pass": [at], "attend_pass_backward": [at],
+    }  # fmt: skip
+    for name, types in given.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None

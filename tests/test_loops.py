@@ -1,0 +1,318 @@
+"""The compiled loops of a CPU, against float64; and what happens where they cannot be compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+import families
+from selftaught.kernels import loops
+from selftaught.rollout.cache import DecodeCache
+from selftaught.score import Backbone
+from selftaught.score.attention import Segments
+from selftaught.score.operations import Gate, Norm, Rotated, inverse_root
+from selftaught.tensors import pack
+from selftaught.vocabulary import affine
+from test_turned import decoded, reference, turned_layers
+
+TIGHT = {"rtol": 2e-6, "atol": 2e-6}
+pytestmark = pytest.mark.skipif(not loops.usable(torch.ones(1)), reason="a machine without a C compiler")
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: Any) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(function: Callable[..., Tensor], *given: Tensor) -> tuple[Tensor, ...]:
+    """The function's value and gradients in float64, from the sum of its value and a fixed weighing."""
+    inputs = [x.double().requires_grad_() for x in given]
+    out = function(*inputs)
+    (out * weighing(out)).sum().backward()
+    return out.detach(), *(x.grad for x in inputs if x.grad is not None)
+
+
+def weighing(out: Tensor) -> Tensor:
+    return torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+
+
+def ours(function: Callable[..., Tensor], *given: Tensor) -> tuple[Tensor, ...]:
+    inputs = [x.clone().requires_grad_() for x in given]
+    out = function(*inputs)
+    (out * weighing(out)).sum().backward()
+    return out.detach(), *(x.grad for x in inputs if x.grad is not None)
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+
+def turned_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat([-high, low], -1) * sin
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 7), (1, 70, 576), (40, 3, 33)])
+def test_norms_and_their_gradients(shape: tuple[int, ...], threads: int) -> None:
+    x, weight = 3 * drawn(*shape), drawn(shape[-1], seed=1)
+    found = ours(lambda x, weight: Norm.apply(x, weight, inverse_root(x, 1e-5)), x, weight)
+    for a, b in zip(found, exact(norm, x, weight), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (70, 301)])
+def test_gates_and_their_gradients(shape: tuple[int, ...], threads: int) -> None:
+    gated, raised = 8 * drawn(*shape), drawn(*shape, seed=1)
+    found = ours(Gate.apply, gated, raised)
+    for a, b in zip(found, exact(lambda a, b: silu(a) * b, gated, raised), strict=True):
+        torch.testing.assert_close(a.double(), b, **TIGHT)
+
+
+@pytest.mark.parametrize("value", [-1e30, -200.0, -88.5, -87.0, 0.0, 88.5, 200.0, 1e30])
+def test_a_gate_far_out_is_what_it_tends_to(value: float) -> None:
+    gated = torch.full((33,), value)
+    torch.testing.assert_close(loops.gate(gated, torch.ones(33)), silu(gated.double()).float(), rtol=1e-5, atol=1e-36)
+
+
+def test_a_gate_of_nothing_known_is_nothing_known() -> None:
+    assert loops.gate(torch.full((33,), torch.nan), torch.ones(33)).isnan().all()
+
+
+@pytest.mark.parametrize("order", ["tokens first", "heads first", "neither"])
+@pytest.mark.parametrize("heads, tokens, width", [(1, 1, 2), (3, 5, 8), (9, 70, 64)])
+def test_rotary_positions_and_their_gradients(order: str, heads: int, tokens: int, width: int) -> None:
+    x, angles = drawn(1, heads, tokens, width), drawn(2, 1, 1, tokens, width, seed=1)
+    cos, sin = angles.cos(), angles.sin()
+    if order == "tokens first":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    elif order == "neither":
+        x = torch.cat([x, x], -1)[..., :width]
+    found = ours(lambda x: Rotated.apply(x, cos[0], sin[1]), x)
+    wanted = exact(lambda x: turned_by(x, cos[0].double(), sin[1].double()), x)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, **TIGHT)
+
+
+# ----------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 15, 16, 17, 24, 32])
+@pytest.mark.parametrize("height, width", [(1, 1), (7, 40), (64, 33), (130, 1024)])
+@pytest.mark.parametrize("order", ["turned", "rows"])
+def test_a_product_of_few_columns(columns: int, height: int, width: int, order: str, threads: int) -> None:
+    x, weight, bias = drawn(width, columns), drawn(height, width, seed=1), drawn(height, seed=2)
+    gated, residual = drawn(height, columns, seed=3), drawn(height, columns, seed=4)
+    wanted = silu(gated.double()) * (weight.double() @ x.double() + bias[:, None]) + residual
+    given, out = x, None
+    if order == "rows":
+        given, out = x.t().contiguous().t(), torch.empty(columns, height).t()
+        gated, residual = (y.t().contiguous().t() for y in (gated, residual))
+    assert loops.multiplies(given, weight)
+    found = loops.product(given, weight, bias, gated, residual, out)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+    plain = loops.product(given, weight)
+    torch.testing.assert_close(plain.double(), weight.double() @ x.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_column_of_a_product_does_not_depend_on_those_beside_it() -> None:
+    """A response is the same whatever else is sampled with it, as far as the width of a panel allows."""
+    x, weight = drawn(96, 16), drawn(50, 96, seed=1)
+    whole = loops.product(x, weight)
+    other = loops.product(torch.cat([x[:, :4], drawn(96, 12, seed=5)], 1), weight)
+    assert whole[:, :4].equal(other[:, :4])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_of_few_rows(bias: bool) -> None:
+    hidden, weight, added = drawn(5, 24), drawn(300, 24, seed=1), drawn(300, seed=2) if bias else None
+    found = affine(hidden, weight, added)
+    wanted = hidden.double() @ weight.double().t() + (added.double() if added is not None else 0)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 16, 33])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_turned_norm(columns: int, offset: float) -> None:
+    x, weight = drawn(3, 20, columns), drawn(20, seed=1)
+    wanted = norm(x.double().mT, weight.double() + offset).mT
+    torch.testing.assert_close(loops.norm_turned(x, weight, 1e-5, offset).double(), wanted, **TIGHT)
+
+
+def test_turned_rotary_positions() -> None:
+    x, angles = drawn(3, 8, 5), drawn(2, 5, 8, seed=1)
+    wanted = turned_by(x.mT.double(), *angles.double())
+    torch.testing.assert_close(loops.rotate_turned(x, *angles).double(), wanted, **TIGHT)
+
+
+@pytest.mark.parametrize("width", [16, 48, 64, 80, 128])
+@pytest.mark.parametrize("repeat", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("window", [None, 1, 6, 40])
+def test_attention_of_a_decoding_step(width: int, repeat: int, window: int | None, threads: int) -> None:
+    """Rows of two groups of unequal size and unequal prompts, over more tokens than there is room for at first."""
+    heads, rows, prompts = 2, 5, (37, 3)
+    group, lengths = torch.tensor([0, 0, 0, 1, 1]), torch.tensor(prompts)
+    prompt = drawn(2, heads, 2, max(prompts), width)
+    steps = loops.BLOCK + 3
+    query = drawn(steps, heads * repeat, rows, width, seed=1)
+    key, value = drawn(2, steps, heads, rows, width, seed=2)
+    cache = DecodeCache({0: (prompt[0], prompt[1])}, lengths, group)
+    for at in range(steps):
+        found = cache.attend(0, query[at], key[at], value[at], 0.3, window)
+        cache.advance()
+        if at not in (0, 4, loops.BLOCK - 1, loops.BLOCK, steps - 1):
+            continue
+        for row in range(rows):
+            seen = [torch.cat([prompt[i, :, group[row], : lengths[group[row]]], x[: at + 1, :, row].transpose(0, 1)], 1)
+                    .double()[:, -(window or 10**6) :] for i, x in enumerate((key, value))]
+            q = query[at, :, row].double().view(heads, repeat, width)
+            wanted = torch.softmax(0.3 * q @ seen[0].mT, -1) @ seen[1]
+            torch.testing.assert_close(found[row].double(), wanted.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("off", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_decoded_hidden_states_with_and_without_loops(family: str, off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 16, so that all loops take part."""
+    called = set[str]()
+    for name in ("attend", "product", "norm_turned", "rotate_turned"):
+        real = getattr(loops, name)
+        monkeypatch.setattr(loops, name, lambda *a, real=real, name=name, **k: called.add(name) or real(*a, **k))
+    monkeypatch.setattr(loops, "_off", off)
+    model = families.SUPPORTED[family](head_dim=16) if family != "qwen2" else families.SUPPORTED[family]()
+    backbone = Backbone(model)
+    assert turned_layers(backbone) == 2
+    read = torch.randint(families.VOCABULARY, (6, 9), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(decoded(backbone, read).double(), reference(model, read), atol=2e-5, rtol=2e-5)
+    assert called == (set() if off else {"product", "norm_turned", "rotate_turned"} | (
+        {"attend"} if loops.attends(model.model.layers[0].self_attn.head_dim) else set()))
+
+
+# -------------------------------------------------------------------------------------------------- packed passes
+
+PASSES: dict[str, tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = {
+    "one prompt": ([(5, 6, 7)] * 2, [(1, 2, 3, 4), (2, 3)]),
+    "beyond a stripe and a block": ([tuple(range(70))] * 3, [tuple(range(n)) for n in (2, 40, 101)]),
+    "a common beginning": ([(9, 8, 7, 6), (9, 8, 7, 6), (9, 8, 3, 2, 1)], [(1, 2, 3), (2, 2), (1, 1, 1, 1, 1)]),
+    "one prompt begins the other": ([(9, 8), (9, 8, 3)], [(1, 2, 3), (2, 2, 5)]),
+    "responses of one token": ([(9, 8, 1), (9, 8, 1)], [(1,), (2,)]),
+}
+
+
+def seen_by(packed: Any) -> Tensor:
+    """Which tokens of a packed pass each one sees, from its groups: (T, T)."""
+    tokens = packed.token_ids.shape[0]
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+
+    def run(start: int, length: int, before: list[range]) -> None:
+        for at in range(start, start + length):
+            seen[at, start : at + 1] = True
+            for tokens_before in before:
+                seen[at, list(tokens_before)] = True
+
+    run(0, packed.common, [])
+    for group in packed.groups:
+        run(group.start, group.prompt, [range(packed.common)])
+        at = group.start + group.prompt
+        for length in group.responses:
+            run(at, length, [range(packed.common), range(group.start, group.start + group.prompt)])
+            at += length
+    return seen
+
+
+@pytest.mark.parametrize("case", PASSES)
+@pytest.mark.parametrize("heads, kv_heads, width", [(4, 2, 16), (9, 3, 64), (2, 2, 80)])
+def test_attention_of_a_packed_pass_and_its_gradient(case: str, heads: int, kv_heads: int, width: int, threads: int
+                                                     ) -> None:
+    packed = pack(*PASSES[case])
+    tokens = packed.token_ids.shape[0]
+    inputs = [drawn(tokens, n, width, seed=n + i) for i, n in enumerate((heads, kv_heads, kv_heads))]
+
+    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return Segments(packed).attend(0, *(x.transpose(0, 1) for x in (query, key, value)), 0.4, None)
+
+    def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query, key) * 0.4
+        probs = scores.masked_fill(~seen_by(packed), -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", probs, value)
+
+    with mock.patch.object(loops, "attend_pass", wraps=loops.attend_pass) as called:
+        found = ours(attended, *inputs)
+    assert called.called
+    for a, b in zip(found, exact(dense, *inputs), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5 * float(b.abs().max()))
+
+
+def test_a_packed_pass_reads_queries_and_keys_in_any_order_of_memory() -> None:
+    packed = pack(*PASSES["a common beginning"])
+    shapes = [(n, packed.token_ids.shape[0], 16) for n in (4, 2, 2)]
+    plain = [drawn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    other = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in plain]
+    found = [Segments(packed).attend(0, *inputs, 0.4, None) for inputs in (plain, other)]
+    assert found[0].equal(found[1])
+
+
+@pytest.mark.parametrize("window, looped", [(None, True), (7, True), (6, False)])
+def test_a_window_that_hides_something_is_left_to_torch(window: int | None, looped: bool) -> None:
+    packed = pack([(5, 6, 7, 8)], [(1, 2, 3, 4)])  # the last input stands at 6 and sees 7 tokens
+    query, key = drawn(4, 7, 16), drawn(2, 7, 16, seed=1)
+    with mock.patch.object(loops, "attend_pass", wraps=loops.attend_pass) as called:
+        found = Segments(packed).attend(0, query, key, key, 0.4, window)
+    assert called.called is looped
+    with loops.off():
+        torch.testing.assert_close(found, Segments(packed).attend(0, query, key, key, 0.4, window))
+
+
+# ---------------------------------------------------------------------------------------------------- compiling
+
+
+def asked(cache: Path, **environment: str) -> str:
+    """Whether another process finds loops."""
+    code = "import torch; from selftaught.kernels import loops; print(loops.usable(torch.ones(1)))"
+    told = {**os.environ, "SELFTAUGHT_CACHE": str(cache), **environment}
+    found = subprocess.run([sys.executable, "-c", code], env=told, check=True, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def test_they_are_compiled_once_and_read_again_without_a_compiler_s_help(tmp_path: Path) -> None:
+    assert asked(tmp_path) == "True"
+    (made,) = (tmp_path / "loops").iterdir()
+    before = made.stat().st_mtime_ns
+    assert asked(tmp_path) == "True"
+    assert made.stat().st_mtime_ns == before and list((tmp_path / "loops").iterdir()) == [made]
+
+
+@pytest.mark.parametrize("environment", [
+    {"CC": "no-such-compiler"}, {"CC": "false"}, {"PATH": "/nowhere"}, {"SELFTAUGHT_LOOPS": "0"},
+], ids=["unknown", "failing", "none", "switched off"])
+def test_without_a_compiler_there_are_none_and_nothing_is_said(environment: dict[str, str], tmp_path: Path) -> None:
+    assert asked(tmp_path, **environment) == "False"
+
+
+def test_a_cache_that_cannot_be_written_means_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert asked(tmp_path / "file") == "False"
+
+
+def test_loops_that_count_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "gate", lambda gated, raised: silu(gated) * raised * 1.001)
+    with pytest.raises(RuntimeError, match=r"gate is \S+ from what it should be"):
+        loops.check()
