@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from selftaught import kernels
 from selftaught.loss import by_hand, clipped_kl, divergence, js, kl, with_tail
 from selftaught.loss.fused import Distribution
 from selftaught.vocabulary import TokenDist
@@ -54,6 +55,13 @@ def dense(form: Form, s: Tensor, t: Tensor, weight: Tensor, temperature: float) 
     else:
         value = form(both[0], both[1])
     return value.detach(), torch.autograd.grad((value * weight).sum(), s)[0]
+
+
+@pytest.fixture(autouse=True)
+def by_torchs_operators() -> Iterator[None]:
+    """As where there are no kernels."""
+    with kernels.off():
+        yield
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

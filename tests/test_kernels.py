@@ -1,4 +1,7 @@
-"""The GPU's kernels against torch's operators in float64: on a GPU, or by Triton's interpreter where there is none."""
+"""Kernels over rows of logits against torch's operators in float64.
+
+Those of a GPU on one, or by Triton's interpreter where there is none; there also those of a CPU.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 2 * rows.BLOCK + 37 if DEVICE == "cuda" else 201  # no multiple of a block
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several blocks to a row, several logits of each to a lane, and tensors of the CPU read by the interpreter."""
-    if DEVICE == "cpu":
+@pytest.fixture(autouse=True, params=["triton", "loops"] if DEVICE == "cpu" else ["triton"])
+def small_blocks(monkeypatch: pytest.MonkeyPatch, request: Any) -> Iterator[None]:
+    """Several blocks to a row, several logits of each to a lane, and tensors of the CPU read by the interpreter.
+
+    And the compiled loops of a CPU, on the same rows.
+    """
+    if request.param == "loops":
+        if not kernels.usable(torch.ones(1, 1)):
+            pytest.skip("a machine without a C compiler")
+        yield
+    elif DEVICE == "cpu":
         for name, number in (("BLOCK", 128), ("WARPS", 1), ("VECTOR", 1)):  # 32 lanes
             monkeypatch.setattr(rows, name, number)
         with kernels.interpreted():

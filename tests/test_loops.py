@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import families
-from selftaught.kernels import loops
+from selftaught import kernels
+from selftaught.kernels import base, loops, probe
 from selftaught.rollout.cache import DecodeCache
 from selftaught.score import Backbone
 from selftaught.score.attention import Segments
@@ -195,7 +196,7 @@ def test_decoded_hidden_states_with_and_without_loops(family: str, off: bool, mo
     for name in ("attend", "product", "norm_turned", "rotate_turned"):
         real = getattr(loops, name)
         monkeypatch.setattr(loops, name, lambda *a, real=real, name=name, **k: called.add(name) or real(*a, **k))
-    monkeypatch.setattr(loops, "_off", off)
+    monkeypatch.setattr(base, "_off", off)
     model = families.SUPPORTED[family](head_dim=16) if family != "qwen2" else families.SUPPORTED[family]()
     backbone = Backbone(model)
     assert turned_layers(backbone) == 2
@@ -277,7 +278,7 @@ def test_a_window_that_hides_something_is_left_to_torch(window: int | None, loop
     with mock.patch.object(loops, "attend_pass", wraps=loops.attend_pass) as called:
         found = Segments(packed).attend(0, query, key, key, 0.4, window)
     assert called.called is looped
-    with loops.off():
+    with kernels.off():
         torch.testing.assert_close(found, Segments(packed).attend(0, query, key, key, 0.4, window))
 
 
@@ -312,7 +313,15 @@ def test_a_cache_that_cannot_be_written_means_none(tmp_path: Path) -> None:
     assert asked(tmp_path / "file") == "False"
 
 
-def test_loops_that_count_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "gate", lambda gated, raised: silu(gated) * raised * 1.001)
-    with pytest.raises(RuntimeError, match=r"gate is \S+ from what it should be"):
-        loops.check()
+@pytest.mark.parametrize("name", ["norm", "gate_backward", "product", "attend", "attend_pass_backward"])
+def test_a_loop_that_counts_wrong_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = getattr(loops, name)
+
+    def wrong(*given: Any, **more: Any) -> Any:
+        found = real(*given, **more)
+        return found * 1.001 if isinstance(found, Tensor) else (*found[:-1], found[-1] * 1.001)
+
+    probe.check()
+    monkeypatch.setattr(loops, name, wrong)
+    with pytest.raises(RuntimeError, match=r"is \S+ from what it should be"):
+        probe.check()

@@ -50,10 +50,13 @@ def environment(ground: Ground) -> list[Line]:
     free = available_memory(ground)
     fits = free is None or told.total < free
     have = "" if free is None else f"; {free / GB:.1f} GB are free"
+    device = device_of(ground.run)
+    loops = {"none": ", without compiled loops: a C compiler (gcc, clang) makes steps faster", "compiled": ""}
     remedy = "" if fits else ": lower optim.token_budget, use optim.activation_checkpointing=true or bfloat16"
     return [
         Line(True, f"python {found['python']}, torch {found['torch']}, transformers {found['transformers']}, "
-                   f"device {device_of(ground.run)}, {found['torch_threads']} threads"),
+                   f"device {device}, {found['torch_threads']} threads"
+                   + (loops[str(found["cpu_loops"])] if device == "cpu" else "")),
         *(Line(True, text) for text in told.lines()[:2]),
         Line(fits, told.lines()[2] + have + remedy),
     ]

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selftaught.kernels import loops, usable
+from selftaught.kernels import loops, rows_of, usable
 from selftaught.tensors import is_wide, product, upcast, wide_linear
 
 if TYPE_CHECKING:
-    from selftaught.kernels.rows import Statistics
+    from selftaught.kernels.base import Statistics
 
 ROWS = 32  # a chunk is a multiple of it: matrix kernels read whole blocks
 NO_MASS = -1e4  # a log-prob whose exponential is 0, in float64 too
-CHUNK_ELEMENTS = 2**21  # logits of one chunk, about: 8 MiB in float32
+CHUNK_ELEMENTS = 2**22  # logits of one chunk, about: 8 MiB in float32
 BLOCK_ELEMENTS = 2**18  # of a chunk's logits that a CPU works on at a time where it can: 1 MiB in float32
 CUDA_ROWS = 128  # of a chunk on a GPU
 CUDA_ELEMENTS = 2**26  # there: 256 MiB, which keeps the multiplying units busy
@@ -183,7 +183,7 @@ class TokenDist:
 
     @property
     def in_place(self) -> bool:
-        """Do the GPU's kernels read `raw` where it lies, so that neither `logits` nor `log_probs` need be made?"""
+        """Do kernels read `raw` where it lies, so that neither `logits` nor `log_probs` need be made?"""
         return usable(self.raw)
 
     @property
@@ -194,9 +194,7 @@ class TokenDist:
     @cached_property
     def statistics(self) -> Statistics:
         """Of `raw` at the temperature, where it is read in place; outside autograd."""
-        from selftaught.kernels import rows
-
-        return rows.statistics(self.raw.detach(), self.tokens, self.scale)
+        return rows_of(self.raw).statistics(self.raw.detach(), self.tokens, self.scale)
 
     @cached_property
     def logits(self) -> Tensor:
@@ -223,9 +221,8 @@ class TokenDist:
         return self.log_probs.gather(-1, self.tokens[:, None]).squeeze(-1)
 
     def _at_sampled_in_place(self) -> Tensor:
-        from selftaught.kernels import rows
-
         logits, tokens, scale, (lse, logp, _) = self.raw.detach(), self.tokens, self.scale, self.statistics
+        rows = rows_of(logits)
         return Known.apply(self.raw, logp, lambda grad: rows.sampled_gradient(logits, tokens, scale, lse, grad))
 
     @cached_property

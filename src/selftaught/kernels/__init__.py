@@ -1,32 +1,44 @@
-"""Fast passes over rows of logits on an NVIDIA GPU; `usable` says when they can take the place of torch's operators.
+"""Fast passes over rows of logits; `usable` says when they can take the place of torch's operators, `rows_of` has them.
 
-`rows` needs Triton, which comes with torch's CUDA builds, and is imported by whoever found something usable. On a CPU
-the same kernels run only through Triton's interpreter, in tests (`interpreted`).
+On an NVIDIA GPU they are `rows`, which needs Triton, that comes with torch's CUDA builds; on a CPU `cpu_rows`, which
+needs a C compiler. Triton's interpreter runs `rows` on a CPU, in tests (`interpreted`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from selftaught.kernels import loops
+from selftaught.kernels.base import is_off, off
+
+__all__ = ["interpreted", "off", "rows_of", "usable"]
+
 _interpreted = False
-_off = False
 
 
 def usable(*logits_nV: Tensor) -> bool:
-    """Can the kernels read all of these? They must be float32 on the current CUDA device, with contiguous rows."""
-    if _off or not all(_interpreted or (z.is_cuda and z.get_device() == torch.cuda.current_device())
-                       for z in logits_nV):
+    """Can the kernels read all of these? They must be float32, on a CPU or the current CUDA device, and whole rows."""
+    if is_off() or not all(z.dtype == torch.float32 and z.dim() == 2 and z.shape[0] > 0 and z.stride(1) == 1
+                           for z in logits_nV):
         return False
-    if not all(z.dtype == torch.float32 and z.dim() == 2 and z.shape[0] > 0 and z.stride(1) == 1 for z in logits_nV):
-        return False
-    return _has_triton() and (_interpreted or all(_works(z.get_device()) for z in logits_nV))
+    if _interpreted or not all(z.is_cpu for z in logits_nV):
+        return _has_triton() and all(_interpreted or _works_on(z) for z in logits_nV)
+    return loops.usable(*logits_nV)
+
+
+def rows_of(logits_nV: Tensor) -> Any:
+    """The kernels that read these, which are usable: the module `rows`, or `cpu_rows`."""
+    by_loops = logits_nV.is_cpu and not _interpreted
+    return importlib.import_module("selftaught.kernels.cpu_rows" if by_loops else "selftaught.kernels.rows")
 
 
 @contextlib.contextmanager
@@ -40,15 +52,8 @@ def interpreted() -> Iterator[None]:
         _interpreted = before
 
 
-@contextlib.contextmanager
-def off() -> Iterator[None]:
-    """Use torch's operators alone, to compare with."""
-    global _off
-    _off, before = True, _off
-    try:
-        yield
-    finally:
-        _off = before
+def _works_on(z: Tensor) -> bool:
+    return z.is_cuda and z.get_device() == torch.cuda.current_device() and _works(z.get_device())
 
 
 @cache

@@ -1,7 +1,7 @@
 """Compiled loops for float32 on a CPU, where the machine has a C compiler (`compiled`); `usable` says whether.
 
-Each has the numbers of torch's operators but for the order of roundings, and some are checked against them when they
-are loaded. Without them the callers take torch's operators.
+Each has the numbers of torch's operators but for the order of roundings, and is held against them when it is loaded
+(`probe`). Without them the callers take torch's operators.
 
 Shapes: n rows, H hidden width, D of one head, T tokens of a pass, B rows of a decoding step, G prompts, P tokens of the
 longest.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -19,31 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
+from selftaught.kernels.base import is_off
 from selftaught.kernels.compiled import libraries
 
 COLUMNS = 32  # of a product that is faster here than in oneDNN
 LANES, BLOCK, STRIPE, QUERIES, PANEL = 16, 32, 36, 6, 16  # as in cpu/, where they may be less
-CLOSE = 1e-5  # of the largest number of a probe
-_off = False
 _loops: ctypes.CDLL | None = None
 
 
 def usable(*tensors: Tensor) -> bool:
     """Are these float32 on a CPU, and are there loops for them? Whoever calls a loop makes them contiguous."""
-    return not _off and all(x.dtype == torch.float32 and x.is_cpu for x in tensors) and _works()
-
-
-@contextlib.contextmanager
-def off() -> Iterator[None]:
-    """Use torch's operators alone, to compare with."""
-    global _off
-    _off, before = True, _off
-    try:
-        yield
-    finally:
-        _off = before
+    return not is_off() and all(x.dtype == torch.float32 and x.is_cpu for x in tensors) and _works()
 
 
 # ------------------------------------------------------------------------------------------------------- update
@@ -52,14 +38,14 @@ def off() -> Iterator[None]:
 def inverse_root(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) of x (..., H): (..., 1)."""
     root, width = x.new_empty(*x.shape[:-1], 1), x.shape[-1]
-    _call().inverse_root(*_at(x, root), x.numel() // width, width, eps, torch.get_num_threads())
+    library().inverse_root(*_at(x, root), x.numel() // width, width, eps, torch.get_num_threads())
     return root
 
 
 def norm(x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
     """x w root of x (..., H), w (H,) and the root (..., 1)."""
     y, width = torch.empty_like(x), x.shape[-1]
-    _call().norm(*_at(x, weight, root, y), x.numel() // width, width, torch.get_num_threads())
+    library().norm(*_at(x, weight, root, y), x.numel() // width, width, torch.get_num_threads())
     return y
 
 
@@ -67,21 +53,21 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> tupl
     """The gradients of x and of the weight, from that of `norm`."""
     threads, width = torch.get_num_threads(), x.shape[-1]
     of_x, of_weight = torch.empty_like(x), x.new_empty(threads, width)
-    _call().norm_backward(*_at(grad, x, weight, root, of_x, of_weight), x.numel() // width, width, threads)
+    library().norm_backward(*_at(grad, x, weight, root, of_x, of_weight), x.numel() // width, width, threads)
     return of_x, of_weight.sum(0)
 
 
 def gate(gated: Tensor, raised: Tensor, inplace: bool = False) -> Tensor:
     """silu(gated) raised, in the memory of `gated` if asked for."""
     out = gated if inplace else torch.empty_like(gated)
-    _call().gate(*_at(gated, raised, out), gated.numel(), torch.get_num_threads())
+    library().gate(*_at(gated, raised, out), gated.numel(), torch.get_num_threads())
     return out
 
 
 def gate_backward(gated: Tensor, raised: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of both from that of `gate`, which becomes the gate's output in place."""
     of_gated, of_raised = torch.empty_like(gated), torch.empty_like(gated)
-    _call().gate_backward(*_at(gated, raised, grad, of_gated, of_raised), gated.numel(), torch.get_num_threads())
+    library().gate_backward(*_at(gated, raised, grad, of_gated, of_raised), gated.numel(), torch.get_num_threads())
     return of_gated, of_raised
 
 
@@ -91,7 +77,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
     `back` takes its gradient to that of x.
     """
     out = torch.empty_like(x)
-    _call().rotate(*_at(x, cos, sin, out), *x.shape, *x.stride()[:2], back, torch.get_num_threads())
+    library().rotate(*_at(x, cos, sin, out), *x.shape, *x.stride()[:2], back, torch.get_num_threads())
     return out
 
 
@@ -139,7 +125,7 @@ def attend_pass(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scali
     made, sums = query.new_empty(tokens, heads, width), query.new_empty(heads, tokens)
     given, _room = _pass(query, key, value, layout, scaling, 2, 1)
     given.made, given.sums = _at(made, sums)
-    _call().attend_pass(ctypes.byref(given))
+    library().attend_pass(ctypes.byref(given))
     return made, sums
 
 
@@ -154,7 +140,7 @@ def attend_pass_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor
     given.grad, given.out, given.log_sum, given.first, given.before = _at(grad, out, sums, first, before)
     given.of_query, given.of_key, given.of_value = _at(*made)
     given.parts, given.longest = first.shape[0] - 1, longest
-    _call().attend_pass_backward(ctypes.byref(given))
+    library().attend_pass_backward(ctypes.byref(given))
     return made[0].transpose(0, 1), made[1].transpose(0, 1), made[2].transpose(0, 1)
 
 
@@ -206,7 +192,7 @@ def product(x_KB: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None, gated
     out = x_KB.new_empty(height, columns) if out_MB is None else out_MB
     room = x_KB.new_empty(width, -(-columns // PANEL) * PANEL)
     more = [None if x is None else x.data_ptr() for x in (bias_M, gated_MB, residual_MB)]
-    _call().product(ctypes.byref(_Product(
+    library().product(ctypes.byref(_Product(
         *_at(x_KB, weight_MK), *more, *_at(room, out), height, width, columns, *x_KB.stride(), *out.stride(),
         torch.get_num_threads())))
     return out
@@ -215,7 +201,7 @@ def product(x_KB: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None, gated
 def norm_turned(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """x (w + offset) / sqrt(mean(x^2) + eps), over the axis before the last: (..., H, B)."""
     y, room, (height, rows) = torch.empty_like(x), x.new_empty(x.shape[-1]), x.shape[-2:]
-    _call().norm_turned(*_at(x, weight, y, room), x.numel() // (height * rows), height, rows, eps, offset)
+    library().norm_turned(*_at(x, weight, y, room), x.numel() // (height * rows), height, rows, eps, offset)
     return y
 
 
@@ -223,7 +209,7 @@ def rotate_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rotate` of x (heads, D, B) by cos and sin (B, D), turned back: (heads, B, D)."""
     heads, width, rows = x.shape
     out = x.new_empty(heads, rows, width)
-    _call().rotate_turned(*_at(x, cos, sin, out), heads, width, rows)
+    library().rotate_turned(*_at(x, cos, sin, out), heads, width, rows)
     return out
 
 
@@ -258,7 +244,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, prompt_k: Tensor, prompt_v
     scores = query.new_empty(threads, QUERIES, prompt + capacity)
     out = query.new_empty(rows, query.shape[0], width)
     seen = prompt + capacity if window is None else window
-    _call().attend(ctypes.byref(_Attention(
+    library().attend(ctypes.byref(_Attention(
         *_at(query, key, value, prompt_k, prompt_v, held_k, held_v, group, length, scores, out), kv_heads,
         query.shape[0] // kv_heads, rows, groups, prompt, prompt_v.shape[2], capacity, written, width, seen, scaling,
         threads)))
@@ -273,7 +259,8 @@ def _at(*tensors: Tensor) -> list[int]:
     return [x.data_ptr() for x in tensors]
 
 
-def _call() -> Any:
+def library() -> Any:
+    """The loops themselves, by name; `usable` was asked before."""
     assert _loops is not None, "no loops: `usable` was not asked"
     return _loops
 
@@ -282,25 +269,15 @@ def _call() -> Any:
 def _works() -> bool:
     """Are there loops, and do they count right? Asked once."""
     global _loops
+    from selftaught.kernels import probe
+
     for _loops in libraries():
         with contextlib.suppress(AttributeError, RuntimeError):
             _declare(_loops)
-            check()
+            probe.check()
             return True
     _loops = None
     return False
-
-
-def check() -> None:
-    """Raises RuntimeError where a loop's numbers are not torch's, on a few drawn ones."""
-    x, up = torch.randn(2, 5, 33, generator=torch.Generator().manual_seed(0))
-    exact = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-    found = (("norm", norm(x, up[0], inverse_root(x, 1e-6)), x * exact * up[0]), ("gate", gate(x, up), silu(x) * up),
-             ("product", product(x.t(), up), up @ x.t()))
-    for name, ours, torchs in found:
-        gap = float((ours - torchs).abs().max())
-        if not gap < CLOSE * float(torchs.abs().max()):
-            raise RuntimeError(f"{name} is {gap:.1e} from what it should be")
 
 
 def _declare(library: Any) -> None:
@@ -311,6 +288,13 @@ def _declare(library: Any) -> None:
         "norm_backward": [at] * 6 + [size, size, whole], "gate": [at] * 3 + [size, whole],
         "gate_backward": [at] * 5 + [size, whole], "rotate": [at] * 4 + [size] * 5 + [whole, whole],
         "norm_turned": [at] * 4 + [size] * 3 + [real, real], "rotate_turned": [at] * 4 + [size] * 3,
+        "row_statistics": [at, at, size, size, at, whole], "row_sampled_gradient": [at] * 5 + [size, size, whole],
+        "row_buckets": [at] * 4 + [size] * 3 + [at] * 3 + [whole],
+        "row_buckets_gradient": [at] * 4 + [size, at, at, size, size, whole],
+        "row_kl": [at] * 3 + [size, size, at, at, at, whole],
+        "row_js": [at] * 4 + [real, size, size, at, at, whole],
+        "row_clipped": [at] * 4 + [real, size, size, at, at, whole],
+        "row_gradient": [whole] + [at] * 6 + [real, at, size, size, whole],
         "attend": [at], "product": [at], "attend_pass": [at], "attend_pass_backward": [at],
     }  # fmt: skip
     for name, types in given.items():

@@ -9,25 +9,17 @@ each lane its own, as warps that wait for one another's maxima leave the memory 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from selftaught.kernels.base import Statistics
+
 BLOCK = 4096  # logits that a program holds at a time
 WARPS = 8
 VECTOR = 4  # of them, those that a thread reads at once: 16 bytes
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-
-
-class Statistics(NamedTuple):
-    """Of n rows of logits, (n,) each: log-sum-exp, log-prob of the sampled token, entropy."""
-
-    lse: Tensor
-    logp: Tensor
-    entropy: Tensor
 
 
 def check(device: torch.device) -> None:

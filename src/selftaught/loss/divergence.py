@@ -1,9 +1,9 @@
 """Divergences between next-token distributions, exact over the vocabulary, in nats, per token.
 
 `kl(p, q)` is KL(P||Q): the order of the arguments is the order of the name. All take distributions, as log-probs
-(n, V) or as a `TokenDist`, and return (n,). Of a `TokenDist` the gradient is by hand: on a GPU kernels read its logits
-where they lie (`fused`), elsewhere few tensors are made (`by_hand`). A token that both hold at -inf contributes 0, to
-the value and to the gradient.
+(n, V) or as a `TokenDist`, and return (n,). Of a `TokenDist` the gradient is by hand: kernels read its logits where
+they lie (`fused`), and where there are none few tensors are made (`by_hand`). A token that both hold at -inf
+contributes 0, to the value and to the gradient.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def kl(p: Distribution, q: Distribution) -> Tensor:
 
 
 def _found(kernels: _Form, by_torch: _Form, p: Distribution, q: Distribution, *given: float) -> Tensor | None:
-    """By the GPU's kernels, or by hand; None of log-probs, and where autograd has to do it."""
+    """By kernels, or by hand; None of log-probs, and where autograd has to do it."""
     if not (isinstance(p, TokenDist) and isinstance(q, TokenDist) and fused.width(p) == fused.width(q)):
         return None
     found = kernels(p, q, *given)

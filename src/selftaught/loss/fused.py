@@ -1,4 +1,4 @@
-"""Divergences on a GPU, by kernels that read the logits of both sides where they lie.
+"""Divergences by kernels that read the logits of both sides where they lie, on a GPU or a CPU.
 
 Each function returns None where the kernels do not fit: other devices or types, mixtures, or a gradient that is not the
 student's alone. The caller then takes torch's operators, whose numbers these have.
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from selftaught.kernels import rows_of
 from selftaught.tensors import largest
 from selftaught.vocabulary import Known, TokenDist
 
@@ -31,10 +32,8 @@ def kl(p: Distribution, q: Distribution) -> Tensor | None:
     """KL(P||Q), and on its way the statistics of both."""
     if (pair := _pair(p, q)) is None:
         return None
-    from selftaught.kernels import rows
-
     (p, q), student = pair
-    value, p.statistics, q.statistics = rows.kl(p.raw.detach(), q.raw.detach(), p.tokens, p.scale, q.scale)
+    value, p.statistics, q.statistics = rows_of(p.raw).kl(p.raw.detach(), q.raw.detach(), p.tokens, p.scale, q.scale)
     if student is p:
         return _with_gradient("kl_from", value, p, q, value)
     return _with_gradient("kl_to", value, q, p, value)
@@ -44,11 +43,9 @@ def clipped_kl(p: Distribution, q: Distribution, clip: float) -> Tensor | None:
     """sum_v min(P_v log(P_v / Q_v), clip); P is constant."""
     if (pair := _pair(p, q)) is None or pair[1] is pair[0][0]:
         return None
-    from selftaught.kernels import rows
-
     p, q = pair[0]
     lses = p.statistics.lse, q.statistics.lse
-    value, mass = rows.clipped(p.raw.detach(), q.raw.detach(), p.scale, q.scale, *lses, clip)
+    value, mass = rows_of(p.raw).clipped(p.raw.detach(), q.raw.detach(), p.scale, q.scale, *lses, clip)
     return _with_gradient("clipped", value, q, p, mass, clip)
 
 
@@ -56,10 +53,9 @@ def js(p: Distribution, q: Distribution, weight: float) -> Tensor | None:
     """weight KL(P||M) + (1 - weight) KL(Q||M), M = weight P + (1 - weight) Q."""
     if (pair := _pair(p, q)) is None:
         return None
-    from selftaught.kernels import rows
-
     (p, q), student = pair
-    of_p, of_q = rows.js(p.raw.detach(), q.raw.detach(), p.scale, q.scale, p.statistics.lse, q.statistics.lse, weight)
+    of_p, of_q = rows_of(p.raw).js(p.raw.detach(), q.raw.detach(), p.scale, q.scale, p.statistics.lse,
+                                  q.statistics.lse, weight)
     value = weight * of_p + (1 - weight) * of_q
     if student is p:
         return _with_gradient("js", value, p, q, of_p, weight)
@@ -77,9 +73,7 @@ def with_tail(k: int, student: Distribution, others: Sequence[Distribution]) -> 
 
 
 def _buckets(dist: TokenDist, top: Tensor, named: Tensor) -> Tensor:
-    from selftaught.kernels import rows
-
-    logits, scale = dist.raw.detach(), dist.scale
+    logits, scale, rows = dist.raw.detach(), dist.scale, rows_of(dist.raw)
     value, rest, dist.statistics = rows.buckets(logits, dist.tokens, scale, named, top)
     lse = dist.statistics.lse
     return Known.apply(dist.raw, value, lambda grad: rows.buckets_gradient(logits, scale, lse, rest, top, grad))
@@ -97,9 +91,7 @@ def _pair(p: Distribution, q: Distribution) -> tuple[tuple[TokenDist, TokenDist]
 
 def _with_gradient(kind: str, value: Tensor, student: TokenDist, other: TokenDist, known: Tensor, number: float = 0.0
                    ) -> Tensor:
-    from selftaught.kernels import rows
-
-    s, t = student.raw.detach(), other.raw.detach()
+    s, t, rows = student.raw.detach(), other.raw.detach(), rows_of(student.raw)
     scales, lses = (student.scale, other.scale), (student.statistics.lse, other.statistics.lse)
     return Known.apply(student.raw, value,
                        lambda grad: rows.gradient(kind, s, t, *scales, *lses, grad, known, number))

@@ -14,8 +14,10 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | int | list[str]]:
-    """Versions of Python and of the packages that bear on a run's numbers, the platform, the processors."""
+    """Versions of Python and of the packages that bear on a run's numbers, the platform, the processors, the loops."""
     import torch
+
+    from selftaught.kernels import loops
 
     found: dict[str, str | int | list[str]] = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -27,6 +29,7 @@ def versions() -> dict[str, str | int | list[str]]:
     found["cpu"] = _cpu_name()
     found["cpu_count"] = os.cpu_count() or 1
     found["torch_threads"] = torch.get_num_threads()
+    found["cpu_loops"] = "compiled" if loops.usable() else "none"
     if torch.cuda.is_available():
         found["gpu"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         found["cuda"] = str(torch.version.cuda)
