@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,12 @@ from selftaught.vocabulary import affine
 from test_turned import decoded, reference, turned_layers
 
 TIGHT = {"rtol": 2e-6, "atol": 2e-6}
-pytestmark = pytest.mark.skipif(not loops.usable(torch.ones(1)), reason="a machine without a C compiler")
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
+
+
+def test_where_there_is_a_compiler_there_are_loops() -> None:
+    probe.check()
+    assert loops.usable(torch.ones(1))
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -109,6 +115,17 @@ def test_rotary_positions_and_their_gradients(order: str, heads: int, tokens: in
     wanted = exact(lambda x: turned_by(x, cos[0].double(), sin[1].double()), x)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, **TIGHT)
+
+
+@pytest.mark.parametrize("n, height, width", [(1, 1, 16), (7, 13, 48), (70, 200, 96), (5, 12, 64)])
+def test_products_that_are_added_up(n: int, height: int, width: int, threads: int) -> None:
+    a, b, before = drawn(n, height), drawn(n, width, seed=1), drawn(height, width, seed=2)
+    exact = a.double().t() @ b.double()
+    assert loops.accumulates(before, a, b) and not loops.accumulates(before[:, :-1], a, b[:, :-1])
+    for fresh in (False, True):
+        out = torch.full_like(before, torch.nan) if fresh else before.clone()
+        assert loops.outer(out, a, b, fresh) is out
+        torch.testing.assert_close(out.double(), exact if fresh else before + exact, rtol=1e-5, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------- decoding
@@ -321,7 +338,14 @@ def test_a_loop_that_counts_wrong_is_found_out(name: str, monkeypatch: pytest.Mo
         found = real(*given, **more)
         return found * 1.001 if isinstance(found, Tensor) else (*found[:-1], found[-1] * 1.001)
 
-    probe.check()
     monkeypatch.setattr(loops, name, wrong)
     with pytest.raises(RuntimeError, match=r"is \S+ from what it should be"):
         probe.check()
+    loops._works.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"the compiled loops are not used.*from what it should be"):
+            assert not loops.usable(torch.ones(1))
+    finally:
+        monkeypatch.undo()
+        loops._works.cache_clear()
+        assert loops.usable(torch.ones(1))

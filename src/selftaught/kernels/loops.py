@@ -9,8 +9,8 @@ longest.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -79,6 +79,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
     out = torch.empty_like(x)
     library().rotate(*_at(x, cos, sin, out), *x.shape, *x.stride()[:2], back, torch.get_num_threads())
     return out
+
+
+def accumulates(out: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Does `outer` take these?"""
+    return b.shape[1] % LANES == 0 and all(x.is_contiguous() for x in (out, a, b)) and usable(out, a, b)
+
+
+def outer(out_MK: Tensor, a_nM: Tensor, b_nK: Tensor, fresh: bool = False) -> Tensor:
+    """out + A^T B in place, or A^T B alone where `fresh`: what is in `out` is not read then."""
+    (n, height), width = a_nM.shape, b_nK.shape[1]
+    library().outer(*_at(a_nM, b_nK, out_MK), n, height, width, fresh, torch.get_num_threads())
+    return out_MK
 
 
 @dataclass(frozen=True)
@@ -272,10 +284,13 @@ def _works() -> bool:
     from selftaught.kernels import probe
 
     for _loops in libraries():
-        with contextlib.suppress(AttributeError, RuntimeError):
+        try:
             _declare(_loops)
             probe.check()
             return True
+        except (AttributeError, RuntimeError) as error:
+            warnings.warn(f"the compiled loops are not used, torch's slower operators take their place: {error}",
+                          stacklevel=2)
     _loops = None
     return False
 
@@ -286,7 +301,8 @@ def _declare(library: Any) -> None:
     given = {
         "inverse_root": [at] * 2 + [size, size, real, whole], "norm": [at] * 4 + [size, size, whole],
         "norm_backward": [at] * 6 + [size, size, whole], "gate": [at] * 3 + [size, whole],
-        "gate_backward": [at] * 5 + [size, whole], "rotate": [at] * 4 + [size] * 5 + [whole, whole],
+        "gate_backward": [at] * 5 + [size, whole],
+        "outer": [at] * 3 + [size] * 3 + [whole, whole], "rotate": [at] * 4 + [size] * 5 + [whole, whole],
         "norm_turned": [at] * 4 + [size] * 3 + [real, real], "rotate_turned": [at] * 4 + [size] * 3,
         "row_statistics": [at, at, size, size, at, whole], "row_sampled_gradient": [at] * 5 + [size, size, whole],
         "row_buckets": [at] * 4 + [size] * 3 + [at] * 3 + [whole],

@@ -63,6 +63,10 @@ def _layers(draw: torch.Generator) -> Iterator[_Pair]:
     for ours, exact in zip(loops.gate_backward(x, up, again), slopes, strict=True):
         yield "gate's gradient", ours, exact
     yield "gate again", again, value
+    a, b, before = _drawn(draw, 5, 21), _drawn(draw, 5, 80), _drawn(draw, 21, 80)
+    exact = a.double().t() @ b.double()
+    yield "outer", loops.outer(before.clone(), a, b), before.double() + exact
+    yield "outer, fresh", loops.outer(before.clone(), a, b, fresh=True), exact
     (heads, grad), (cos, sin) = _drawn(draw, 2, 3, 5, 40), _drawn(draw, 2, 5, 40)
     value, of_x, *_ = _exact(_rotated, grad, heads, cos, sin)
     yield "rotate", loops.rotate(heads, cos, sin), value

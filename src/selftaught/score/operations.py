@@ -193,12 +193,18 @@ def _of_weight(grad: Tensor, x: Tensor, into: _Into) -> Tensor | None:
     if parameter is None or not parameter.is_leaf or parameter._backward_hooks or \
             parameter._post_accumulate_grad_hooks:
         return grad.t() @ x
+    grad, x = grad.contiguous(), x.contiguous()
     if parameter.grad is not None:
-        parameter.grad.addmm_(grad.t(), x)
-    elif room is not None:
-        parameter.grad = torch.mm(grad.t(), x, out=room)
-    else:
+        if loops.accumulates(parameter.grad, grad, x):
+            loops.outer(parameter.grad, grad, x)
+        else:
+            parameter.grad.addmm_(grad.t(), x)
+    elif room is None:
         return grad.t() @ x
+    elif loops.accumulates(room, grad, x):
+        parameter.grad = loops.outer(room, grad, x, fresh=True)
+    else:
+        parameter.grad = torch.mm(grad.t(), x, out=room)
     return None
 
 

@@ -73,11 +73,12 @@ INLINE void combine(const float *w, size w_i, size w_j, const float *m, size per
     vector sums[QUERIES][PARTS];
     for (size i = 0; i < rows; i++)
         for (size part = 0; part < parts; part++) sums[i][part] = load(out + i * per_out + part * LANES);
-    for (size j = 0; j < count; j++)
-        for (size part = 0; part < parts; part++) {
-            vector v = load(m + j * per_m + part * LANES);
-            for (size i = 0; i < rows; i++) sums[i][part] += w[i * w_i + j * w_j] * v;
-        }
+    for (size j = 0; j < count; j++) {
+        vector v[PARTS];
+        for (size part = 0; part < parts; part++) v[part] = load(m + j * per_m + part * LANES);
+        for (size i = 0; i < rows; i++)
+            for (size part = 0; part < parts; part++) sums[i][part] += w[i * w_i + j * w_j] * v[part];
+    }
     for (size i = 0; i < rows; i++)
         for (size part = 0; part < parts; part++) store(out + i * per_out + part * LANES, sums[i][part]);
 }

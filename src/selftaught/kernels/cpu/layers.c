@@ -2,6 +2,8 @@
 
 #include "common.h"
 
+#define CHUNK 96 /* rows of a product's result at a time */
+
 /* 1 / sqrt(mean(x^2) + eps): (n). */
 void inverse_root(const float *x, float *root, size n, size H, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) if (n * H > SMALL) schedule(static)
@@ -85,4 +87,24 @@ void rotate(const float *x, const float *cos, const float *sin, float *out, size
                 }
         }
     }
+}
+
+/* out += A^T B, or A^T B where `fresh`: (M, K) of A (n, M) and B (n, K), K in whole vectors. CHUNK rows of the result at
+   a time, so that their columns of A, and a few of B, stay in a cache. */
+void outer(const float *a, const float *b, float *out, size n, size M, size K, int fresh, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int part = 0; part < threads; part++)
+        for (size from = M * part / threads; from < M * (part + 1) / threads; from += CHUNK) {
+            size end = M * (part + 1) / threads, to = from + CHUNK < end ? from + CHUNK : end;
+            if (fresh) memset(out + from * K, 0, (to - from) * K * sizeof(float));
+            size k = 0;
+            for (; k + PARTS * LANES <= K; k += PARTS * LANES) {
+                size m = from;
+                for (; m + QUERIES <= to; m += QUERIES)
+                    combine(a + m, 1, M, b + k, K, out + m * K + k, K, QUERIES, n, PARTS);
+                for (; m < to; m++) combine(a + m, 1, M, b + k, K, out + m * K + k, K, 1, n, PARTS);
+            }
+            for (; k < K; k += LANES)
+                for (size m = from; m < to; m++) combine(a + m, 1, M, b + k, K, out + m * K + k, K, 1, n, 1);
+        }
 }
