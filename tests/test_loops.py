@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 
 import families
 from selftaught import kernels
-from selftaught.kernels import base, loops, probe
+from selftaught.kernels import base, compiled, loops, probe
 from selftaught.rollout.cache import DecodeCache
 from selftaught.score import Backbone
 from selftaught.score.attention import Segments
@@ -323,6 +323,14 @@ def test_they_are_compiled_once_and_read_again_without_a_compiler_s_help(tmp_pat
 ], ids=["unknown", "failing", "none", "switched off"])
 def test_without_a_compiler_there_are_none_and_nothing_is_said(environment: dict[str, str], tmp_path: Path) -> None:
     assert asked(tmp_path, **environment) == "False"
+
+
+def test_each_kind_of_processor_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELFTAUGHT_CACHE", str(tmp_path))
+    first = next(compiled.libraries())._name
+    monkeypatch.setattr(compiled, "_processor", lambda: "another")
+    assert first != next(compiled.libraries())._name
+    assert len(list((tmp_path / "loops").iterdir())) == 2
 
 
 def test_a_cache_that_cannot_be_written_means_none(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import families
+from selftaught import kernels
 from selftaught.assemble import make_batch
 from selftaught.errors import UserError
 from selftaught.loss import chunked_loss
@@ -29,6 +30,13 @@ from selftaught.vocabulary import sampled_log_probs
 
 Ids = tuple[int, ...]
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(params=["loops", "torch"])
+def operators(request: Any) -> Iterator[None]:
+    """The compiled loops, where there are any, and what takes their place."""
+    with kernels.off() if request.param == "torch" else nullcontext():
+        yield
 
 
 def ids(count: int, seed: int) -> Ids:
@@ -556,6 +564,7 @@ def test_the_known_modules_of_a_family_are_fused_and_only_inside_the_block(famil
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("family", sorted(families.SUPPORTED))
 def test_fused_modules_give_the_models_own_numbers_and_gradients(family: str) -> None:
     """Against the model itself in float64: the fused float32 pass is as near to it as the plain float32 one."""
@@ -606,6 +615,7 @@ def test_memory_for_gradients_is_used_again_and_holds_nothing_of_the_last_update
     assert again.keys() == fresh.keys() and all(again[n].equal(fresh[n]) for n in fresh)
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_product_keeps_what_a_norm_was_made_of_unless_it_was_changed_since(changed: bool) -> None:
     found, kept = [], list[int]()
@@ -627,6 +637,7 @@ def test_a_product_keeps_what_a_norm_was_made_of_unless_it_was_changed_since(cha
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # a tied head, and one of its own
 @pytest.mark.parametrize("rows", [None, 310])
 @pytest.mark.parametrize("recomputed", [False, True])

@@ -303,7 +303,7 @@ def test_every_split_gives_the_same_gradient_and_absent_prompts_are_not_run():
                                              sampler_cap=None)
             losses.append(chunked_loss(method.loss, scorer.hidden(few, micro), scorer.heads(), tokens.tokens, credit,
                                        weight).loss)
-        assert torch.allclose(losses[0], losses[1], rtol=1e-6)
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
 
 
 # Through a whole run.
