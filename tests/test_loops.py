@@ -92,6 +92,14 @@ def test_gates_and_their_gradients(shape: tuple[int, ...], threads: int) -> None
         torch.testing.assert_close(a.double(), b, **TIGHT)
 
 
+def test_a_gate_s_gradient_may_lie_in_any_order() -> None:
+    gated, raised = drawn(5, 32).requires_grad_(), drawn(5, 32, seed=1).requires_grad_()
+    (Gate.apply(gated, raised).t() * weighing(gated.t())).sum().backward()
+    wanted = exact(lambda a, b: (silu(a) * b).t(), gated.detach(), raised.detach())[1:]
+    for a, b in zip((gated.grad, raised.grad), wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, **TIGHT)
+
+
 @pytest.mark.parametrize("value", [-1e30, -200.0, -88.5, -87.0, 0.0, 88.5, 200.0, 1e30])
 def test_a_gate_far_out_is_what_it_tends_to(value: float) -> None:
     gated = torch.full((33,), value)
@@ -166,6 +174,18 @@ def test_logits_of_few_rows(bias: bool) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [
+    torch.arange(50, dtype=torch.bfloat16), torch.arange(50, dtype=torch.float64), torch.arange(100.0)[::2],
+    torch.ones(1).expand(50),
+], ids=["bfloat16", "float64", "strided", "expanded"])
+def test_logits_with_a_bias_of_any_kind(bias: Tensor) -> None:
+    hidden, weight = drawn(5, 24), drawn(50, 24, seed=1)
+    torch.testing.assert_close(affine(hidden, weight, bias), hidden @ weight.t() + bias, check_dtype=False)
+    learned = bias.clone().requires_grad_()
+    affine(hidden, weight, learned).sum().backward()
+    assert learned.grad is not None and (learned.grad == 5).all()
+
+
 @pytest.mark.parametrize("columns", [1, 5, 16, 33])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_a_turned_norm(columns: int, offset: float) -> None:
@@ -203,6 +223,20 @@ def test_attention_of_a_decoding_step(width: int, repeat: int, window: int | Non
             q = query[at, :, row].double().view(heads, repeat, width)
             wanted = torch.softmax(0.3 * q @ seen[0].mT, -1) @ seen[1]
             torch.testing.assert_close(found[row].double(), wanted.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("off", [False, True])
+@pytest.mark.parametrize("width", [16, 48])
+def test_values_of_another_width_than_keys(width: int, off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_off", off)
+    keys, values = drawn(2, 1, 3, 32), drawn(2, 1, 3, width, seed=1)
+    cache = DecodeCache({0: (keys, values)}, torch.tensor([3]), torch.tensor([0, 0]))
+    query, key, value = drawn(2, 2, 32, seed=2), drawn(2, 2, 32, seed=3), drawn(2, 2, width, seed=4)
+    found = cache.attend(0, query, key, value, 0.2, None)
+    for row in range(2):
+        scores = query[:, row, None] @ torch.cat([keys[:, 0], key[:, row, None]], 1).mT * 0.2
+        wanted = scores.softmax(-1) @ torch.cat([values[:, 0], value[:, row, None]], 1)
+        torch.testing.assert_close(found[row], wanted[:, 0])
 
 
 @pytest.mark.parametrize("off", [False, True])
@@ -302,11 +336,12 @@ def test_a_window_that_hides_something_is_left_to_torch(window: int | None, loop
 # ---------------------------------------------------------------------------------------------------- compiling
 
 
-def asked(cache: Path, **environment: str) -> str:
-    """Whether another process finds loops."""
-    code = "import torch; from selftaught.kernels import loops; print(loops.usable(torch.ones(1)))"
+def asked(cache: Path, before: str = "pass", x: str = "torch.ones(1)", **environment: str) -> str:
+    """Whether another process finds loops, about which it says nothing."""
+    code = f"import torch; from selftaught.kernels import loops; x = {x}; {before}; print(loops.usable(x))"
     told = {**os.environ, "SELFTAUGHT_CACHE": str(cache), **environment}
     found = subprocess.run([sys.executable, "-c", code], env=told, check=True, capture_output=True, text=True)
+    assert found.stderr == ""
     return found.stdout.strip()
 
 
@@ -319,8 +354,9 @@ def test_they_are_compiled_once_and_read_again_without_a_compiler_s_help(tmp_pat
 
 
 @pytest.mark.parametrize("environment", [
-    {"CC": "no-such-compiler"}, {"CC": "false"}, {"PATH": "/nowhere"}, {"SELFTAUGHT_LOOPS": "0"},
-], ids=["unknown", "failing", "none", "switched off"])
+    {"CC": "no-such-compiler"}, {"CC": "false"}, {"CC": "gcc '"}, {"CC": " "}, {"PATH": "/nowhere"},
+    {"SELFTAUGHT_LOOPS": "0"},
+], ids=["unknown", "failing", "no command", "blank", "none", "switched off"])
 def test_without_a_compiler_there_are_none_and_nothing_is_said(environment: dict[str, str], tmp_path: Path) -> None:
     assert asked(tmp_path, **environment) == "False"
 
@@ -333,9 +369,46 @@ def test_each_kind_of_processor_has_its_own(tmp_path: Path, monkeypatch: pytest.
     assert len(list((tmp_path / "loops").iterdir())) == 2
 
 
-def test_a_cache_that_cannot_be_written_means_none(tmp_path: Path) -> None:
+def test_where_the_cache_cannot_be_written_they_are_this_process_s_own(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert asked(tmp_path / "file") == "False"
+    assert asked(tmp_path / "file", TMPDIR=str(tmp_path)) == "True"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
+    assert asked(tmp_path) == "True"
+    (made,) = (tmp_path / "loops").iterdir()
+    whole = made.stat().st_size
+    made.write_bytes(b"")
+    assert asked(tmp_path) == "True"
+    assert list((tmp_path / "loops").iterdir()) == [made] and made.stat().st_size == whole
+
+
+def test_a_compiler_that_hangs_is_ended_once_with_all_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "hangs"
+    command.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit 0\nsleep 60 &\necho $! >> {tmp_path}/began\nwait\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("CC", str(command))
+    monkeypatch.setenv("SELFTAUGHT_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiled, "SECONDS", 1.0)
+    assert list(compiled.libraries()) == []
+    (began,) = (tmp_path / "began").read_text().split()
+    status = Path(f"/proc/{began}/status")
+    assert not status.exists() or "(zombie)" in status.read_text()
+
+
+@pytest.mark.parametrize("before", [
+    "torch.inference_mode().__enter__()", "torch.set_default_dtype(torch.float64)", "torch.device('meta').__enter__()",
+])
+def test_the_first_to_ask_may_stand_anywhere(before: str, tmp_path: Path) -> None:
+    assert asked(tmp_path, before, x="torch.ones(1, dtype=torch.float32, device='cpu')") == "True"
+
+
+def test_tensors_without_memory_of_their_own_are_refused() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert not loops.usable(torch.ones(1))
 
 
 @pytest.mark.parametrize("name", ["norm", "gate_backward", "product", "attend", "attend_pass_backward"])
@@ -349,11 +422,10 @@ def test_a_loop_that_counts_wrong_is_found_out(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(loops, name, wrong)
     with pytest.raises(RuntimeError, match=r"is \S+ from what it should be"):
         probe.check()
-    loops._works.cache_clear()
+    monkeypatch.setattr(loops, "_found", None)
     try:
         with pytest.warns(UserWarning, match=r"the compiled loops are not used.*from what it should be"):
             assert not loops.usable(torch.ones(1))
     finally:
         monkeypatch.undo()
-        loops._works.cache_clear()
-        assert loops.usable(torch.ones(1))
+        assert loops._load()

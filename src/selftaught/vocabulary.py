@@ -54,8 +54,9 @@ def chunk_size(vocabulary: int, device: str = "cpu") -> int:
 
 def affine(hidden_nH: Tensor, weight_VH: Tensor, bias: Tensor | None) -> Tensor:
     """h W^T + b, accumulated and kept in float32 (float64 for float64): (n, V)."""
-    taught = torch.is_grad_enabled() and (hidden_nH.requires_grad or weight_VH.requires_grad)
-    if not taught and loops.multiplies(hidden_nH.t(), weight_VH):
+    given = [x for x in (hidden_nH, weight_VH, bias) if x is not None]
+    taught = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    if not taught and loops.multiplies(hidden_nH.t(), *given[1:]):
         logits = hidden_nH.new_empty(hidden_nH.shape[0], weight_VH.shape[0])
         return loops.product(hidden_nH.t(), weight_VH, bias, out_MB=logits.t()).t()
     logits = wide_linear(hidden_nH, weight_VH)

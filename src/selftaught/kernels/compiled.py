@@ -6,6 +6,7 @@ and serves what names no other. Without a compiler, or with SELFTAUGHT_LOOPS=0, 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import hashlib
@@ -13,9 +14,11 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from selftaught.places import cache_folder
@@ -25,29 +28,47 @@ HEADERS = sorted(Path(__file__).with_name("cpu").glob("*.h"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC")
 # Symbols that stay open are found in torch's own OpenMP library; other compilers bring theirs, or go without threads.
 THREADS = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), (("-fopenmp-simd",), ()))
-SECONDS = 60.0  # that a compiler may take
+SECONDS = 30.0  # that a compiler may take
 
 
 def libraries() -> Iterator[ctypes.CDLL]:
     """The loops by each compiler and kind of threads, the best first; the caller takes the first that is right."""
     if os.environ.get("SELFTAUGHT_LOOPS") == "0":
         return
-    for command in _compilers():
+    try:
+        compilers = _compilers()
+    except ValueError:  # $CC is no command
+        return
+    for command in compilers:
         for compiled, linked in THREADS:
-            with contextlib.suppress(OSError, subprocess.SubprocessError):
-                yield ctypes.CDLL(str(_built(command, compiled, linked)))
+            try:
+                yield _loaded(command, compiled, linked)
+            except subprocess.TimeoutExpired:  # the next attempt would take as long
+                return
+            except (OSError, subprocess.SubprocessError):
+                continue
+
+
+def _loaded(command: Sequence[str], compiled: Sequence[str], linked: Sequence[str]) -> ctypes.CDLL:
+    """Raises OSError or SubprocessError where that fails."""
+    path = _built(command, compiled, linked)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # a file that was damaged in the cache
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_built(command, compiled, linked)))
 
 
 def _compilers() -> list[list[str]]:
     """The commands that may compile C here: what $CC says, or the usual names."""
     chosen = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [["cc"], ["gcc"], ["clang"]]
-    return [command for command in chosen if shutil.which(command[0])]
+    return [command for command in chosen if command and shutil.which(command[0])]
 
 
 def _built(command: Sequence[str], compiled: Sequence[str], linked: Sequence[str]) -> Path:
     """The compiled file, from the cache or made now. Raises OSError or SubprocessError where that fails."""
     sources = [source.read_text(encoding="utf-8") for source in (*HEADERS, *SOURCES)]
-    told = [*command, *FLAGS, *compiled, *linked, _processor(), *sources]
+    told = [*command, _run([*command, "--version"]), *FLAGS, *compiled, *linked, _processor(), *sources]
     name = f"loops-{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
     folder = _folder()
     if not (folder / name).exists():
@@ -56,15 +77,40 @@ def _built(command: Sequence[str], compiled: Sequence[str], linked: Sequence[str
             steps = [[*command, *FLAGS, *compiled, "-c", *map(str, SOURCES)],
                      [*command, *linked, "-shared", *objects, "-o", name, "-lm"]]
             for step in steps:
-                subprocess.run(step, cwd=work, check=True, capture_output=True, timeout=SECONDS,
-                               stdin=subprocess.DEVNULL)
+                _run(step, work)
             os.replace(Path(work) / name, folder / name)  # whole or not at all, whoever else compiles it
     return folder / name
 
 
+def _run(command: Sequence[str], folder: str | None = None) -> str:
+    """What the command prints. Raises OSError or SubprocessError; what takes too long is ended with all it began."""
+    with subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True) as process:
+        try:
+            said, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return said
+
+
 def _folder() -> Path:
-    folder = cache_folder() / "loops"
-    folder.mkdir(parents=True, exist_ok=True)
+    """In the cache folder; where there is none that can be written, one of this process."""
+    try:
+        folder = cache_folder() / "loops"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return _own_folder()
+
+
+@cache
+def _own_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="selftaught-loops-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 

@@ -19,7 +19,7 @@ KINDS = ("kl_to", "kl_from", "js", "clipped")  # as in cpu/rows.c
 
 def statistics(logits_nV: Tensor, tokens_n: Tensor, scale: float) -> Statistics:
     """One read of the logits."""
-    found, tokens = _empty(logits_nV), tokens_n.contiguous()
+    found, tokens = _empty(logits_nV), tokens_n.long().contiguous()
     library().row_statistics(_logits(logits_nV, scale), tokens.data_ptr(), *logits_nV.shape, _statistics(found),
                              torch.get_num_threads())
     return found
@@ -27,7 +27,7 @@ def statistics(logits_nV: Tensor, tokens_n: Tensor, scale: float) -> Statistics:
 
 def sampled_gradient(logits_nV: Tensor, tokens_n: Tensor, scale: float, lse: Tensor, grad_n: Tensor) -> Tensor:
     """grad (1[v = token] - p_v), (n, V): of the sampled tokens' log-probs in the logits."""
-    out, tokens, grad = _like(logits_nV), tokens_n.contiguous(), grad_n.contiguous()
+    out, tokens, grad = _like(logits_nV), tokens_n.long().contiguous(), grad_n.contiguous()
     library().row_sampled_gradient(_logits(logits_nV, scale), *_at(tokens, lse, grad, out), *logits_nV.shape,
                                    torch.get_num_threads())
     return out
@@ -38,7 +38,7 @@ def buckets(logits_nV: Tensor, tokens_n: Tensor, scale: float, named_nV: Tensor,
     """Log-probs (n, k + 1) of the top and of all others together, and the log-sum-exp (n,) of the others' logits."""
     (n, k), found = top_nk.shape, _empty(logits_nV)
     out, rest = logits_nV.new_empty(n, k + 1), logits_nV.new_empty(n)
-    tokens, top = tokens_n.contiguous(), top_nk.contiguous()
+    tokens, top = tokens_n.long().contiguous(), top_nk.long().contiguous()
     library().row_buckets(_logits(logits_nV, scale), *_at(tokens, named_nV, top), k, *logits_nV.shape,
                           *_at(out, rest), _statistics(found), torch.get_num_threads())
     return out, rest, found
@@ -47,7 +47,7 @@ def buckets(logits_nV: Tensor, tokens_n: Tensor, scale: float, named_nV: Tensor,
 def buckets_gradient(logits_nV: Tensor, scale: float, lse: Tensor, rest: Tensor, top_nk: Tensor, grad: Tensor
                      ) -> Tensor:
     """(n, V), of the buckets (n, k + 1), whose own gradient is `grad`."""
-    out, top, grad = _like(logits_nV), top_nk.contiguous(), grad.contiguous()
+    out, top, grad = _like(logits_nV), top_nk.long().contiguous(), grad.contiguous()
     library().row_buckets_gradient(_logits(logits_nV, scale), *_at(lse, rest, top), top.shape[1], *_at(grad, out),
                                    *logits_nV.shape, torch.get_num_threads())
     return out
@@ -56,7 +56,7 @@ def buckets_gradient(logits_nV: Tensor, scale: float, lse: Tensor, rest: Tensor,
 def kl(p_nV: Tensor, q_nV: Tensor, tokens_n: Tensor, p_scale: float, q_scale: float
        ) -> tuple[Tensor, Statistics, Statistics]:
     """KL(P||Q) (n,), and the statistics of both."""
-    out, of_p, of_q, tokens = p_nV.new_empty(p_nV.shape[0]), _empty(p_nV), _empty(q_nV), tokens_n.contiguous()
+    out, of_p, of_q, tokens = p_nV.new_empty(p_nV.shape[0]), _empty(p_nV), _empty(q_nV), tokens_n.long().contiguous()
     library().row_kl(_logits(p_nV, p_scale), _logits(q_nV, q_scale), tokens.data_ptr(), *p_nV.shape, out.data_ptr(),
                      _statistics(of_p), _statistics(of_q), torch.get_num_threads())
     return out, of_p, of_q

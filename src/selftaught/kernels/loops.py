@@ -10,9 +10,9 @@ longest.
 from __future__ import annotations
 
 import ctypes
+import threading
 import warnings
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -24,12 +24,16 @@ from selftaught.kernels.compiled import libraries
 
 COLUMNS = 32  # of a product that is faster here than in oneDNN
 LANES, BLOCK, STRIPE, QUERIES, PANEL = 16, 32, 36, 6, 16  # as in cpu/, where they may be less
+PLAIN = (Tensor, torch.nn.Parameter)  # what other kinds hold may lie elsewhere
 _loops: ctypes.CDLL | None = None
+_found: bool | None = None  # are there any? None: nobody has asked
+_lock = threading.RLock()
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Are these float32 on a CPU, and are there loops for them? Whoever calls a loop makes them contiguous."""
-    return not is_off() and all(x.dtype == torch.float32 and x.is_cpu for x in tensors) and _works()
+    """Are these float32 on a CPU, with memory of their own, and are there loops for them?"""
+    return not is_off() and all(type(x) in PLAIN and x.dtype == torch.float32 and x.is_cpu for x in tensors) \
+        and _works()
 
 
 # ------------------------------------------------------------------------------------------------------- update
@@ -37,6 +41,7 @@ def usable(*tensors: Tensor) -> bool:
 
 def inverse_root(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) of x (..., H): (..., 1)."""
+    x = x.contiguous()
     root, width = x.new_empty(*x.shape[:-1], 1), x.shape[-1]
     library().inverse_root(*_at(x, root), x.numel() // width, width, eps, torch.get_num_threads())
     return root
@@ -44,6 +49,7 @@ def inverse_root(x: Tensor, eps: float) -> Tensor:
 
 def norm(x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
     """x w root of x (..., H), w (H,) and the root (..., 1)."""
+    x, weight = x.contiguous(), weight.contiguous()
     y, width = torch.empty_like(x), x.shape[-1]
     library().norm(*_at(x, weight, root, y), x.numel() // width, width, torch.get_num_threads())
     return y
@@ -51,6 +57,7 @@ def norm(x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
 
 def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the weight, from that of `norm`."""
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     threads, width = torch.get_num_threads(), x.shape[-1]
     of_x, of_weight = torch.empty_like(x), x.new_empty(threads, width)
     library().norm_backward(*_at(grad, x, weight, root, of_x, of_weight), x.numel() // width, width, threads)
@@ -90,6 +97,7 @@ def outer(out_MK: Tensor, a_nM: Tensor, b_nK: Tensor, fresh: bool = False) -> Te
     """out + A^T B in place, or A^T B alone where `fresh`: what is in `out` is not read then."""
     (n, height), width = a_nM.shape, b_nK.shape[1]
     library().outer(*_at(a_nM, b_nK, out_MK), n, height, width, fresh, torch.get_num_threads())
+    torch.autograd.graph.increment_version(out_MK)
     return out_MK
 
 
@@ -105,7 +113,7 @@ class Layout:
 
     @classmethod
     def of(cls, sequences: list[tuple[int, int, int, int, int]]) -> Layout:
-        return cls(torch.tensor(sequences, dtype=torch.int64).view(-1, 5).t().contiguous())
+        return cls(torch.tensor(sequences, dtype=torch.int64, device="cpu").view(-1, 5).t().contiguous())
 
     def parts(self, kv_heads: int) -> Tensor:
         """The first sequence of each part, and their number: work for every thread, of sequences with one prompt."""
@@ -114,7 +122,7 @@ class Layout:
         pieces = -(-2 * torch.get_num_threads() // (kv_heads * len(starts)))
         cuts = [first + (end - first) * piece // pieces
                 for first, end in pairwise([*starts, len(same)]) for piece in range(pieces)]
-        return torch.tensor([*dict.fromkeys(cuts), len(same)], dtype=torch.int64)
+        return torch.tensor([*dict.fromkeys(cuts), len(same)], dtype=torch.int64, device="cpu")
 
 
 class _Pass(ctypes.Structure):
@@ -135,7 +143,7 @@ def attend_pass(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scali
     """Attention of a packed pass: query (Hq, T, D), key and value (Hkv, T, D) to (T, Hq, D) and log-sums (Hq, T)."""
     heads, tokens, width = query.shape
     made, sums = query.new_empty(tokens, heads, width), query.new_empty(heads, tokens)
-    given, _room = _pass(query, key, value, layout, scaling, 2, 1)
+    given, _room = _pass(query, key, value, layout, scaling, layout.sequences.shape[1], 2, 1)
     given.made, given.sums = _at(made, sums)
     library().attend_pass(ctypes.byref(given))
     return made, sums
@@ -148,7 +156,7 @@ def attend_pass_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor
     made = [query.new_empty(tokens, x.shape[0], width) for x in (query, key, value)]
     first, longest = layout.parts(key.shape[0]), int((layout.sequences[2] + layout.sequences[4]).max())
     before = query.new_empty(first.shape[0] - 1, key.shape[0], 2, longest, width)
-    given, _room = _pass(query, key, value, layout, scaling, 5, 2)
+    given, _room = _pass(query, key, value, layout, scaling, first.shape[0] - 1, 5, 2)
     given.grad, given.out, given.log_sum, given.first, given.before = _at(grad, out, sums, first, before)
     given.of_query, given.of_key, given.of_value = _at(*made)
     given.parts, given.longest = first.shape[0] - 1, longest
@@ -156,15 +164,16 @@ def attend_pass_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor
     return made[0].transpose(0, 1), made[1].transpose(0, 1), made[2].transpose(0, 1)
 
 
-def _pass(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, wide: int, stripes: int
-          ) -> tuple[_Pass, Tensor]:
+def _pass(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, pieces: int, wide: int,
+          stripes: int) -> tuple[_Pass, Tensor]:
     """What both directions are given, and the room that it points to, which must be held while they run.
 
-    `wide` matrices (keys, D) and `stripes` of scores for each thread.
+    `wide` matrices (keys, D) and `stripes` of scores for each thread, of which no more than pieces have work.
     """
     heads, tokens, width = query.shape
     most = -(-int(layout.sequences[[1, 2, 4]].sum(0).max()) // BLOCK) * BLOCK
-    space, threads = most * (wide * width + stripes * STRIPE), torch.get_num_threads()
+    space = most * (wide * width + stripes * STRIPE)
+    threads = min(torch.get_num_threads(), pieces * key.shape[0])
     room = query.new_empty(threads, space)
     given = _Pass(threads=threads, scaling=scaling, sequences=layout.sequences.shape[1], heads=heads,
                   kv_heads=key.shape[0], tokens=tokens, width=width, space=space)
@@ -212,6 +221,7 @@ def product(x_KB: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None, gated
 
 def norm_turned(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """x (w + offset) / sqrt(mean(x^2) + eps), over the axis before the last: (..., H, B)."""
+    x, weight = x.contiguous(), weight.contiguous()
     y, room, (height, rows) = torch.empty_like(x), x.new_empty(x.shape[-1]), x.shape[-2:]
     library().norm_turned(*_at(x, weight, y, room), x.numel() // (height * rows), height, rows, eps, offset)
     return y
@@ -251,6 +261,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, prompt_k: Tensor, prompt_v
     group of each row (B,) and the length of each group's prompt (G,), int64. `window`: keys that a token sees at most.
     """
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    group, length = group.long(), length.long()
     (kv_heads, rows, capacity, width), threads = held_v.shape, torch.get_num_threads()
     groups, _, prompt = prompt_k.shape[1:]
     scores = query.new_empty(threads, QUERIES, prompt + capacity)
@@ -277,9 +288,17 @@ def library() -> Any:
     return _loops
 
 
-@cache
 def _works() -> bool:
-    """Are there loops, and do they count right? Asked once."""
+    """Are there loops, and do they count right? Found out once."""
+    global _found
+    if _found is None:
+        with _lock:  # whoever else asks waits, and calls nothing that is not checked
+            if _found is None:
+                _found = _load()
+    return _found
+
+
+def _load() -> bool:
     global _loops
     from selftaught.kernels import probe
 

@@ -63,8 +63,8 @@ def _finite(m):
 
 @triton.jit
 def _weighed(e, x):
-    """e x, and 0 where e is 0: 0 inf is 0."""
-    return e * tl.where(e > 0, x, 0.0)
+    """e x, and 0 where e is 0: 0 inf is 0. NaN stays NaN, so that a step is refused."""
+    return e * tl.where(e == 0, 0.0, x)
 
 
 @triton.jit
@@ -280,8 +280,8 @@ def _clipped(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_ls
         q = _row(q_ptr, q_stride, row, start, offsets, size, q_scale) - q_lse
         e = tl.exp(p)
         term = _weighed(e, p - q)
-        out += tl.sum(tl.minimum(term, clip), 0)
-        mass += tl.sum(tl.where(term <= clip, e, 0.0), 0)
+        out += tl.sum(tl.where(term > clip, clip, term), 0)
+        mass += tl.sum(tl.where(term > clip, 0.0, e), 0)
     tl.store(out_ptr + row, tl.sum(out, 0))
     tl.store(mass_ptr + row, tl.sum(mass, 0))
 
@@ -323,7 +323,7 @@ def _gradient(s_ptr, s_stride, s_scale, s_lse_ptr, t_ptr, t_stride, t_scale, t_l
                 out = number * _weighed(tl.exp(s), s - _log_mean(s, t, number) - known)
             else:  # KL(T||S) with summands capped at `number`, `known` the mass of those that are not
                 e = tl.exp(t)
-                out = tl.exp(s) * known - tl.where(_weighed(e, t - s) <= number, e, 0.0)
+                out = tl.exp(s) * known - tl.where(_weighed(e, t - s) > number, 0.0, e)
             tl.store(out_ptr + row * size + at, out * grad, mask=at < size)
 
 

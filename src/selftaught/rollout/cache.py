@@ -62,8 +62,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, prompt_k: Tensor, prompt_
     probs = torch.softmax(scores, dim=-1).to(query.dtype)
     over_prompt = probs.view(kv_heads, rows, repeat, -1)[:, :, :, :prompt]
     back = _by_row(torch.bmm(_by_group(over_prompt, groups, slots), prompt_v), groups, repeat, place)
-    out = torch.baddbmm(back, probs[:, :, prompt:], own_v).view(kv_heads, rows, repeat, width)
-    return out.transpose(0, 1).reshape(rows, kv_heads * repeat, width)
+    out = torch.baddbmm(back, probs[:, :, prompt:], own_v).view(kv_heads, rows, repeat, value.shape[2])
+    return out.transpose(0, 1).reshape(rows, kv_heads * repeat, value.shape[2])
 
 
 class DecodeCache:
@@ -93,7 +93,7 @@ class DecodeCache:
                window: int | None) -> Tensor:
         """One token of every row: query (Hq, B, D), key and value (Hkv, B, D) to (B, Hq, D)."""
         held = self._room(layer, key, value)
-        if loops.usable(query, value) and loops.attends(query.shape[-1]):
+        if key.shape == value.shape and loops.usable(query, key, value) and loops.attends(query.shape[-1]):
             return loops.attend(query, key, value, *self._prompt[layer], *held, self.row_group, self.lengths,
                                 self.written, window, scaling)
         prompt_k, prompt_v = self._flat[layer]
@@ -105,9 +105,8 @@ class DecodeCache:
     def _room(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The responses' keys and values, with room for one more token."""
         if layer not in self._response:
-            heads, rows, width = key.shape
-            self._response[layer] = (_held(key[:0, :0]).new_empty(heads, rows, width, CAPACITY),
-                                     value.new_empty(heads, rows, CAPACITY, width))
+            self._response[layer] = (_held(key[:0, :0]).new_empty(*key.shape, CAPACITY),
+                                     value.new_empty(*value.shape[:2], CAPACITY, value.shape[2]))
         held_k, held_v = self._response[layer]
         capacity = held_v.shape[2]
         if self.written >= capacity:

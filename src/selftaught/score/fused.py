@@ -42,7 +42,7 @@ def _norm(module: nn.Module, x: Tensor, *, eps: float, offset: float) -> Tensor:
     weight: Any = module.weight
     if not fused(x) or weight.dtype != x.dtype:
         return type(module).forward(module, x)
-    x, weight = x.contiguous(), weight + offset if offset else weight
+    weight = weight + offset if offset else weight
     inverse = inverse_root(x, eps)
     return remember_source(run(Norm, x, weight, inverse), x, weight, inverse)
 

@@ -106,7 +106,8 @@ class Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gated, raised = ctx.saved_tensors
-        _, of_gated, of_raised = _gate_backward(gated.contiguous(), raised.contiguous(), grad.clone())
+        own = grad.clone(memory_format=torch.contiguous_format)
+        _, of_gated, of_raised = _gate_backward(gated.contiguous(), raised.contiguous(), own)
         return of_gated, of_raised
 
 

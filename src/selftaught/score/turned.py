@@ -161,7 +161,7 @@ def _plain(linear: Any) -> bool:
 
 def _through(linear: Any, x_KB: Tensor, residual_MB: Tensor | None = None) -> Tensor:
     """The layer's product and the residual, (M, B); of an adapted one by its own forward."""
-    if type(linear) is nn.Linear and loops.multiplies(x_KB, linear.weight):
+    if type(linear) is nn.Linear and loops.multiplies(x_KB, *linear.parameters()):
         return loops.product(x_KB, linear.weight, linear.bias, residual_MB=residual_MB)
     if residual_MB is not None and _plain(linear):
         out: Tensor = scripted(_sum)(x_KB, residual_MB, linear.weight)

@@ -16,7 +16,7 @@ typedef struct {
     float scale;
 } Logits; /* (n, V), rows `stride` apart */
 
-/* log x of a positive number to 2 units in the last place, by the polynomial of Cephes' logf. */
+/* log x to 2 units in the last place, by the polynomial of Cephes' logf. */
 INLINE float logarithm(float x) {
     union { float value; int32_t bits; } u = {x};
     int32_t shifted = u.bits - 0x3f3504f3; /* sqrt(1/2), so that the mantissa lies around 1 */
@@ -32,10 +32,10 @@ INLINE float logarithm(float x) {
     p = p * r - 2.4999993993e-1f;
     p = p * r + 3.3333331174e-1f;
     float y = p * r * square + k * -2.12194440e-4f - 0.5f * square;
-    return x > 0.0f ? r + y + k * 0.693359375f : -INFINITY;
+    return x == 0.0f ? -INFINITY : x > 0.0f ? r + y + k * 0.693359375f : NAN;
 }
 
-INLINE float weighed(float e, float x) { return e > 0.0f ? e * x : 0.0f; }
+INLINE float weighed(float e, float x) { return e == 0.0f ? 0.0f : e * x; } /* NaN stays: a step is then refused */
 INLINE float bounded(float x) { return x == -INFINITY ? 0.0f : x; }
 
 /* log(weight e^a + (1 - weight) e^b), -inf where both are. */
@@ -221,7 +221,7 @@ void row_clipped(const Logits *p, const Logits *q, const float *p_lse, const flo
             for (size v = first; v < end; v++) {
                 float x = a[v] * p->scale - less_p, e = exponential(x);
                 float term = weighed(e, x - (b[v] * q->scale - less_q));
-                s += term < clip ? term : clip, k += term <= clip ? e : 0.0f;
+                s += term > clip ? clip : term, k += term > clip ? 0.0f : e;
             }
             sum += s, kept += k;
         }
@@ -237,7 +237,7 @@ INLINE float slope(int kind, float s, float t, float known, float number) {
     if (kind == JS) /* `number` is the weight of S, `known` KL(S||M) */
         return number * weighed(exponential(s), s - log_mean(s, t, number) - known);
     float e = exponential(t); /* of KL(T||S) with summands capped at `number`, `known` the mass of those that are not */
-    return exponential(s) * known - (weighed(e, t - s) <= number ? e : 0.0f);
+    return exponential(s) * known - (weighed(e, t - s) > number ? 0.0f : e);
 }
 
 INLINE void slopes(int kind, const float *s, const float *t, float s_scale, float t_scale, float s_lse, float t_lse,
