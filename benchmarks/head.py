@@ -11,7 +11,7 @@ a GPU. Sides:
     ours       the package; of 16-bit heads the gradient is added to a float32 tensor, as its optimiser keeps it
     eager      the same without the GPU's kernels, by torch's operators
     compiled   the same with the divergence by torch.compile in their place
-    dense      logits of all tokens, by torch's operators
+    dense      logits of all tokens, by torch's operators alone
     liger, liger-eager, trl    peers, where installed (head_peers.py)
     floor      the matrix products alone, by the fastest kernels known here, four of (N, H) by (V, H) in the type of the
                heads and nothing else: both projections and the student's two gradients
@@ -84,8 +84,9 @@ def measure(side: str, tokens: int, vocabulary: int, width: int, dtype: str, dev
 
     def dense() -> float:
         logits = {view: hidden[view].float() @ heads[view].float().t() for view in hidden}
-        out = objective("opsd", batch, logits, clip=None, temperature=1.0)
-        out.loss.backward()
+        with kernels.off():
+            out = objective("opsd", batch, logits, clip=None, temperature=1.0)
+            out.loss.backward()
         return out.loss.item()
 
     def floor() -> float:
