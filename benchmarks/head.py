@@ -9,7 +9,7 @@ sides take turns. Memory is the peak beyond inputs and gradients: of the residen
 a GPU. Sides:
 
     ours       the package; of 16-bit heads the gradient is added to a float32 tensor, as its optimiser keeps it
-    eager      the same without the GPU's kernels, by torch's operators
+    eager      the same without kernels, by torch's operators
     compiled   the same with the divergence by torch.compile in their place
     dense      logits of all tokens, by torch's operators alone
     liger, liger-eager, trl    peers, where installed (head_peers.py)

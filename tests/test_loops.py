@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +25,8 @@ from selftaught.score import Backbone
 from selftaught.score.attention import Segments
 from selftaught.score.operations import Gate, Norm, Rotated, inverse_root
 from selftaught.tensors import pack
-from selftaught.vocabulary import affine
+from selftaught.vocabulary import TokenDist, affine
+from test_by_hand import FORMS
 from test_turned import decoded, reference, turned_layers
 
 TIGHT = {"rtol": 2e-6, "atol": 2e-6}
@@ -255,6 +257,30 @@ def test_decoded_hidden_states_with_and_without_loops(family: str, off: bool, mo
     torch.testing.assert_close(decoded(backbone, read).double(), reference(model, read), atol=2e-5, rtol=2e-5)
     assert called == (set() if off else {"product", "norm_turned", "rotate_turned"} | (
         {"attend"} if loops.attends(model.model.layers[0].self_attn.head_dim) else set()))
+
+
+# -------------------------------------------------------------------------------------------------- rows of logits
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_many_stretches_are_exact_whatever_the_logits_offset(form: str, offset: float) -> None:
+    """Of 50,000 logits, a dozen stretches whose sums are added in double."""
+    s, t = (2 * drawn(3, 50_001, seed=seed) for seed in (0, 1))
+    s[1, 7], s[2, 8], t[2, 8] = 24.0, -torch.inf, -torch.inf
+    s, t, tokens = s + offset, t + offset, torch.tensor([1, 40_000, 50_000])
+    found = []
+    for student, teacher in ((s, t), (s.double(), t.double())):
+        student = student.clone().requires_grad_()
+        with kernels.off() if student.dtype == torch.float64 else nullcontext():
+            dist = TokenDist(student, tokens)
+            value = FORMS[form](dist, TokenDist(teacher, tokens))
+            value.sum().backward()
+            with torch.no_grad():
+                entropy = dist.entropy()
+        found.append((value.detach().double(), student.grad.double(), entropy.double()))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4 + 1.2e-7 * offset)  # float32 holds z and lse
 
 
 # -------------------------------------------------------------------------------------------------- packed passes

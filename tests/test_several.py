@@ -12,6 +12,7 @@ from torch import Tensor
 
 import selftaught
 from own import lines, make_home, recipe_of
+from selftaught import kernels
 from selftaught.errors import UserError
 from selftaught.loss import chunked_loss
 from selftaught.methods import Several, batch_credit, build
@@ -301,9 +302,10 @@ def test_every_split_gives_the_same_gradient_and_absent_prompts_are_not_run():
             [micro] = scorer.split(few)
             credit, weight, _ = batch_credit(method, few.tokens, {}, reduction="token_mean", length=None,
                                              sampler_cap=None)
-            losses.append(chunked_loss(method.loss, scorer.hidden(few, micro), scorer.heads(), tokens.tokens, credit,
-                                       weight).loss)
-        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+            with kernels.off():  # a mixture is not read in place, and the roundings of two ways are no part of this
+                losses.append(chunked_loss(method.loss, scorer.hidden(few, micro), scorer.heads(), tokens.tokens,
+                                           credit, weight).loss)
+        assert torch.allclose(losses[0], losses[1], rtol=1e-6)
 
 
 # Through a whole run.

@@ -13,6 +13,7 @@ import ctypes
 import threading
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -115,14 +116,28 @@ class Layout:
     def of(cls, sequences: list[tuple[int, int, int, int, int]]) -> Layout:
         return cls(torch.tensor(sequences, dtype=torch.int64, device="cpu").view(-1, 5).t().contiguous())
 
+    @cached_property
+    def most(self) -> int:
+        """Keys that a token sees at most."""
+        return int(self.sequences[[1, 2, 4]].sum(0).max())
+
+    @cached_property
+    def longest(self) -> int:
+        """Keys before a sequence's own, at most."""
+        return int(self.sequences[[2, 4]].sum(0).max())
+
+    @cached_property
+    def _prompts(self) -> list[int]:
+        """The first sequence of each prompt, and their number."""
+        same = self.sequences[2:].t().tolist()
+        return [*(i for i, it in enumerate(same) if not i or it != same[i - 1]), len(same)]
+
     def parts(self, kv_heads: int) -> Tensor:
         """The first sequence of each part, and their number: work for every thread, of sequences with one prompt."""
-        same = self.sequences[2:].t().tolist()
-        starts = [i for i, it in enumerate(same) if not i or it != same[i - 1]]
-        pieces = -(-2 * torch.get_num_threads() // (kv_heads * len(starts)))
+        pieces = -(-2 * torch.get_num_threads() // (kv_heads * (len(self._prompts) - 1)))
         cuts = [first + (end - first) * piece // pieces
-                for first, end in pairwise([*starts, len(same)]) for piece in range(pieces)]
-        return torch.tensor([*dict.fromkeys(cuts), len(same)], dtype=torch.int64, device="cpu")
+                for first, end in pairwise(self._prompts) for piece in range(pieces)]
+        return torch.tensor([*dict.fromkeys(cuts), self._prompts[-1]], dtype=torch.int64, device="cpu")
 
 
 class _Pass(ctypes.Structure):
@@ -154,12 +169,12 @@ def attend_pass_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor
     """The gradients of query, key and value, in the order of memory of (T, heads, D), from that of `attend_pass`."""
     tokens, width = query.shape[1:]
     made = [query.new_empty(tokens, x.shape[0], width) for x in (query, key, value)]
-    first, longest = layout.parts(key.shape[0]), int((layout.sequences[2] + layout.sequences[4]).max())
-    before = query.new_empty(first.shape[0] - 1, key.shape[0], 2, longest, width)
+    first = layout.parts(key.shape[0])
+    before = query.new_empty(first.shape[0] - 1, key.shape[0], 2, layout.longest, width)
     given, _room = _pass(query, key, value, layout, scaling, first.shape[0] - 1, 5, 2)
     given.grad, given.out, given.log_sum, given.first, given.before = _at(grad, out, sums, first, before)
     given.of_query, given.of_key, given.of_value = _at(*made)
-    given.parts, given.longest = first.shape[0] - 1, longest
+    given.parts, given.longest = first.shape[0] - 1, layout.longest
     library().attend_pass_backward(ctypes.byref(given))
     return made[0].transpose(0, 1), made[1].transpose(0, 1), made[2].transpose(0, 1)
 
@@ -171,7 +186,7 @@ def _pass(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: fl
     `wide` matrices (keys, D) and `stripes` of scores for each thread, of which no more than pieces have work.
     """
     heads, tokens, width = query.shape
-    most = -(-int(layout.sequences[[1, 2, 4]].sum(0).max()) // BLOCK) * BLOCK
+    most = -(-layout.most // BLOCK) * BLOCK
     space = most * (wide * width + stripes * STRIPE)
     threads = min(torch.get_num_threads(), pieces * key.shape[0])
     room = query.new_empty(threads, space)

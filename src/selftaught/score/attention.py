@@ -187,7 +187,6 @@ class Segments:
             for length in group.responses:
                 sequences += [(at, length, self.common, group.start, group.prompt)] if length else []
                 at += length
-        self._most = max(length + common + prompt for _, length, common, _, prompt in sequences)
         self._layout_of_pass = loops.Layout.of(sequences)
         for group in packed.groups:
             written = sum(group.responses)
@@ -210,7 +209,7 @@ class Segments:
     def _by_loops(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> bool:
         """Do the compiled loops compute this? They know heads of whole vectors and one width, and no window."""
         inputs = query, key, value
-        return (window is None or window >= self._most) and key.shape == value.shape \
+        return (window is None or window >= self._layout_of_pass.most) and key.shape == value.shape \
             and all(x.stride(-1) == 1 for x in inputs) and loops.usable(*inputs) and loops.attends(query.shape[-1])
 
     def cut(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> list[_Piece]:

@@ -81,8 +81,8 @@ typedef struct {
 } Statistics;
 
 INLINE void note(Statistics to, size i, float high, double mass, double dot, float at) {
-    float lse = high + (float)log(mass);
-    to.lse[i] = lse, to.logp[i] = at - lse, to.entropy[i] = (float)(log(mass) - dot / mass);
+    to.lse[i] = (float)(high + log(mass)), to.logp[i] = (float)((double)at - high - log(mass));
+    to.entropy[i] = (float)(log(mass) - dot / mass);
 }
 
 void row_statistics(const Logits *l, const size *tokens, size n, size V, const Statistics *to, int threads) {
