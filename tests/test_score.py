@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from selftaught.errors import UserError
 from selftaught.loss import chunked_loss
 from selftaught.methods import Method, batch_credit, build, names
 from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, TokenLoss, Verdict, View
-from selftaught.score import Backbone, Scorer, heap, views
+from selftaught.score import Backbone, Scorer, views
 from selftaught.score.attention import Segments
 from selftaught.score.fused import Fused
 from selftaught.score.hub import load_model
@@ -742,18 +741,3 @@ def test_a_forward_of_somebody_elses_survives_and_outputs_can_be_changed_in_plac
         layer.self_attn.q_proj(torch.randn(1, 3, 32)).mul_(2)
         layer.mlp(torch.randn(1, 3, 32)).mul_(2)
     assert model.model.norm.forward is patched
-
-
-def test_the_heap_is_fixed_unless_the_user_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    library = SimpleNamespace(mallopt=lambda what, size: asked.append((what, size)) or 1)
-    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: library)
-    monkeypatch.setattr(heap.sys, "platform", "linux")
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    assert heap.fix_heap() and asked == [(-3, heap.MAPPED_FROM), (-1, heap.KEPT)]
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=1048576")
-    assert not heap.fix_heap() and len(asked) == 2
-    monkeypatch.delenv("GLIBC_TUNABLES")
-    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())  # a library without mallopt
-    assert not heap.fix_heap()

@@ -13,6 +13,7 @@ from selftaught import data, privilege, reward
 from selftaught.data import Cursor, Dataset, Renderer
 from selftaught.engines import Client, connect, freed_on_error, make_engine
 from selftaught.errors import UserError
+from selftaught.heap import fix_heap
 from selftaught.methods import Method, Several, checked
 from selftaught.optim import Optimizer, Teachers
 from selftaught.records import (
@@ -35,7 +36,6 @@ from selftaught.score import Backbone, Scorer
 from selftaught.score.adapter import add_adapter, require_peft, targets
 from selftaught.score.backbone import probe
 from selftaught.score.external import about_teacher, digest, id_bytes, shared_rows
-from selftaught.score.heap import fix_heap
 from selftaught.score.hub import (
     base_name,
     check_model,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftaught.heap import empty, empty_like
 from selftaught.kernels.base import is_off
 from selftaught.kernels.compiled import libraries
 
@@ -51,7 +52,7 @@ def inverse_root(x: Tensor, eps: float) -> Tensor:
 def norm(x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
     """x w root of x (..., H), w (H,) and the root (..., 1)."""
     x, weight = x.contiguous(), weight.contiguous()
-    y, width = torch.empty_like(x), x.shape[-1]
+    y, width = empty_like(x), x.shape[-1]
     library().norm(*_at(x, weight, root, y), x.numel() // width, width, torch.get_num_threads())
     return y
 
@@ -60,21 +61,21 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> tupl
     """The gradients of x and of the weight, from that of `norm`."""
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     threads, width = torch.get_num_threads(), x.shape[-1]
-    of_x, of_weight = torch.empty_like(x), x.new_empty(threads, width)
+    of_x, of_weight = empty_like(x), x.new_empty(threads, width)
     library().norm_backward(*_at(grad, x, weight, root, of_x, of_weight), x.numel() // width, width, threads)
     return of_x, of_weight.sum(0)
 
 
 def gate(gated: Tensor, raised: Tensor, inplace: bool = False) -> Tensor:
     """silu(gated) raised, in the memory of `gated` if asked for."""
-    out = gated if inplace else torch.empty_like(gated)
+    out = gated if inplace else empty_like(gated)
     library().gate(*_at(gated, raised, out), gated.numel(), torch.get_num_threads())
     return out
 
 
 def gate_backward(gated: Tensor, raised: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of both from that of `gate`, which becomes the gate's output in place."""
-    of_gated, of_raised = torch.empty_like(gated), torch.empty_like(gated)
+    of_gated, of_raised = empty_like(gated), empty_like(gated)
     library().gate_backward(*_at(gated, raised, grad, of_gated, of_raised), gated.numel(), torch.get_num_threads())
     return of_gated, of_raised
 
@@ -84,7 +85,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
 
     `back` takes its gradient to that of x.
     """
-    out = torch.empty_like(x)
+    out = empty_like(x)
     library().rotate(*_at(x, cos, sin, out), *x.shape, *x.stride()[:2], back, torch.get_num_threads())
     return out
 
@@ -157,7 +158,7 @@ class _Pass(ctypes.Structure):
 def attend_pass(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> tuple[Tensor, Tensor]:
     """Attention of a packed pass: query (Hq, T, D), key and value (Hkv, T, D) to (T, Hq, D) and log-sums (Hq, T)."""
     heads, tokens, width = query.shape
-    made, sums = query.new_empty(tokens, heads, width), query.new_empty(heads, tokens)
+    made, sums = empty(tokens, heads, width), query.new_empty(heads, tokens)
     given, _room = _pass(query, key, value, layout, scaling, layout.sequences.shape[1], 2, 1)
     given.made, given.sums = _at(made, sums)
     library().attend_pass(ctypes.byref(given))
@@ -168,9 +169,9 @@ def attend_pass_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor
                          layout: Layout, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, in the order of memory of (T, heads, D), from that of `attend_pass`."""
     tokens, width = query.shape[1:]
-    made = [query.new_empty(tokens, x.shape[0], width) for x in (query, key, value)]
+    made = [empty(tokens, x.shape[0], width) for x in (query, key, value)]
     first = layout.parts(key.shape[0])
-    before = query.new_empty(first.shape[0] - 1, key.shape[0], 2, layout.longest, width)
+    before = empty(first.shape[0] - 1, key.shape[0], 2, layout.longest, width)
     given, _room = _pass(query, key, value, layout, scaling, first.shape[0] - 1, 5, 2)
     given.grad, given.out, given.log_sum, given.first, given.before = _at(grad, out, sums, first, before)
     given.of_query, given.of_key, given.of_value = _at(*made)
@@ -189,7 +190,7 @@ def _pass(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: fl
     most = -(-layout.most // BLOCK) * BLOCK
     space = most * (wide * width + stripes * STRIPE)
     threads = min(torch.get_num_threads(), pieces * key.shape[0])
-    room = query.new_empty(threads, space)
+    room = empty(threads, space)
     given = _Pass(threads=threads, scaling=scaling, sequences=layout.sequences.shape[1], heads=heads,
                   kv_heads=key.shape[0], tokens=tokens, width=width, space=space)
     given.query, given.key, given.value, given.room = _at(query, key, value, room)
@@ -237,7 +238,7 @@ def product(x_KB: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None, gated
 def norm_turned(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """x (w + offset) / sqrt(mean(x^2) + eps), over the axis before the last: (..., H, B)."""
     x, weight = x.contiguous(), weight.contiguous()
-    y, room, (height, rows) = torch.empty_like(x), x.new_empty(x.shape[-1]), x.shape[-2:]
+    y, room, (height, rows) = empty_like(x), x.new_empty(x.shape[-1]), x.shape[-2:]
     library().norm_turned(*_at(x, weight, y, room), x.numel() // (height * rows), height, rows, eps, offset)
     return y
 

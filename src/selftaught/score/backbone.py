@@ -18,12 +18,12 @@ from torch.func import functional_call
 from torch.nn import Parameter
 
 from selftaught.errors import UserError
+from selftaught.heap import MAPPED_FROM, give_back
 from selftaught.records import Section
 from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
 from selftaught.score.export import exported
 from selftaught.score.fused import Fused
-from selftaught.score.heap import MAPPED_FROM, give_back
 from selftaught.score.turned import TurnedLayers
 from selftaught.tensors import Packed, is_wide, pack, upcast
 from selftaught.vocabulary import Head, project

@@ -6,17 +6,27 @@ is used again, and stays with the process among smaller blocks. glibc moves the 
 larger blocks are freed, up to 32 MiB. Here it is fixed above a layer's tensors and below the vocabulary's, and the end
 of the heap is kept. Steps of a 135M model: from 1 MiB 14.8 to 15.8 s in 3.17 GB, from 4 MiB with the end kept 13.3 to
 13.8 s in 3.25 GB, from 32 MiB 13.5 to 14.1 s in 3.34 GB. Who wants it otherwise sets MALLOC_MMAP_THRESHOLD_, in bytes.
+
+torch asks for memory at multiples of 64 bytes, for which glibc looks for a hole that is 96 bytes larger: one that a
+layer's passing tensor has left is too small for every tensor of that shape, and stays empty among what is kept for the
+backward pass. `empty` asks for 16 bytes, which any hole has. Beside torch's own: 2.98 GB without it, 2.92 with it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import sys
 
+import numpy as np
+import torch
+from torch import Tensor
+
 MAPPED_FROM = 2**22  # bytes
 KEPT = 2**30  # bytes, free at the end of the heap
+SMALL = 2**14  # numbers that leave no hole to speak of
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _fixed = False
 
@@ -44,3 +54,18 @@ def fix_heap() -> bool:
     except AttributeError:  # another C library
         _fixed = False
     return _fixed
+
+
+def empty(*shape: int) -> Tensor:
+    """Uninitialised float32 on the CPU, in a hole of its very size if there is one."""
+    if math.prod(shape) < SMALL:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    return torch.from_numpy(np.empty(shape, np.float32))
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """The same, of the shape of x, a dense tensor of float32 on the CPU, and in its order of memory."""
+    if x.is_contiguous() or x.numel() < SMALL:
+        return empty(*x.shape) if x.is_contiguous() else torch.empty_like(x)
+    axes = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return torch.from_numpy(np.empty([x.shape[axis] for axis in axes], np.float32).transpose(np.argsort(axes)))
