@@ -22,7 +22,7 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):  # there it is a t
 
 from selftaught import TokenBatch, chunked_objective, kernels, objective, tensors, vocabulary
 from selftaught.kernels import rows
-from selftaught.loss import chunked, clipped_kl, divergence, js, kl, with_tail
+from selftaught.loss import chunked, clipped_kl, divergence, js, kl, kl_to_barycenter, with_tail
 from selftaught.vocabulary import TokenDist
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's -inf
@@ -253,7 +253,69 @@ def test_tokens_may_be_strided_and_one_that_is_none_is_no_other_rows() -> None:
         assert TokenDist(s.float(), torch.full((6,), wrong, device=DEVICE)).at_sampled.isnan().all()
 
 
+SHARE = [0.0, 0.1, 0.5, 0.15, 0.9, 1.0]
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-8, 1e-3])
+@pytest.mark.parametrize("banned", [False, True], ids=["all", "banned"])
+@pytest.mark.parametrize(("std", "temperature"), [(0.1, 1.0), (3.0, 1.7), (30.0, 1.0)])
+def test_a_barycenter_is_that_of_torch_in_float64(temperature: float, std: float, banned: bool, floor: float) -> None:
+    s, t, tokens = pair(std, banned)
+    r = (t.flip(-1) if not banned else t + torch.arange(V, device=DEVICE) % 7).float().double()
+    share, weight = (torch.tensor(x, device=DEVICE) for x in (SHARE, [1.0, -2.0, 0.5, 0.0, 3.0, 1.0]))
+    if floor:  # what one side alone holds to be impossible; without a floor that costs infinity
+        t[1, 11] = r[2, 12] = t[4, 13] = r[4, 13] = -torch.inf
+
+    def of(student: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        student = student.clone().requires_grad_()
+        own, teacher, reference = (TokenDist(x, tokens, temperature) for x in (student, *others))
+        value = kl_to_barycenter(own, teacher, reference, share.to(student.dtype), floor)
+        (value * weight.to(value.dtype)).sum().backward()
+        assert student.grad is not None
+        return value.detach(), student.grad, js(reference, teacher, floor=floor)
+
+    with kernels.off():
+        exact = of(s, t, r)
+    found = of(s.float(), t.float(), r.float())
+    assert all(x.isfinite().all() for x in exact)
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=3e-5, atol=3e-5)
+    torch.testing.assert_close(found[1].double(), exact[1], rtol=3e-4, atol=2e-6 * max(1.0, std))
+    torch.testing.assert_close(found[2].double(), exact[2], rtol=3e-5, atol=1e-5)
+    assert (found[1][3] == 0).all()  # nobody weighs it
+
+
+def test_a_barycenter_far_below_both_sides_keeps_its_mass() -> None:
+    """T and R that share next to nothing: their product underflows everywhere, its logarithm does not."""
+    s, _, tokens = pair(1.0)
+    t, r = (torch.zeros(6, V, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    t[:, ::2], r[:, 1::2] = 600.0, 600.0
+    share = torch.full((6,), 0.5, device=DEVICE)
+    found, exact = (kl_to_barycenter(*(TokenDist(x.to(kind), tokens) for x in (s, t, r)), share.to(kind))
+                    for kind in (torch.float32, torch.float64))
+    assert exact.isfinite().all()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
+def test_a_student_without_a_distribution_is_at_no_distance_from_a_barycenter(wrong: float) -> None:
+    s, t, tokens = pair(3.0)
+    s[0, 7] = wrong
+    student, share = s.float().requires_grad_(), torch.full((6,), 0.1, device=DEVICE)
+    teacher, reference = TokenDist(t.float(), tokens), TokenDist(t.float().flip(-1), tokens)
+    kl_to_barycenter(TokenDist(student, tokens), teacher, reference, share, 1e-8).sum().backward()
+    assert student.grad is not None and not student.grad[0].isfinite().all() and student.grad[1:].isfinite().all()
+
+
+def test_a_barycenter_whose_sides_are_to_be_taught_is_left_to_autograd() -> None:
+    s, t, tokens = pair(1.0)
+    teacher, share = t.float().requires_grad_(), torch.full((6,), 0.3, device=DEVICE).requires_grad_()
+    own, reference = TokenDist(s.float(), tokens), TokenDist(t.float().flip(-1), tokens)
+    kl_to_barycenter(own, TokenDist(teacher, tokens), reference, share).sum().backward()
+    assert teacher.grad is not None and (teacher.grad != 0).any() and share.grad is not None and (share.grad != 0).all()
+
+
 METHODS: dict[str, dict[str, Any]] = {
+    "demopsd of the vocabulary": {"top_k": None},
     "grpo": {}, "opsd": {"clip": None}, "sdft": {}, "sdpo": {"top_k": 9}, "gkd": {"divergence": "js", "weight": 0.3},
     "sdpg": {"alpha": 0.1, "beta": 0.5, "beta_warmup": 0}, "demopsd": {"top_k": 9}, "dopd": {"top_k": 9}, "rlsd": {},
 }
@@ -298,13 +360,13 @@ def test_every_method_by_chunks_is_its_dense_reference(name: str, dtype: torch.d
     exact = {view: hidden[view].double().requires_grad_(view == "student") for view in views}
     exact_head = head.double().requires_grad_()
     with kernels.off():
-        dense = objective(name, batch, {v: x @ (exact_head if v == "student" else exact_head.detach()).t()
+        dense = objective(name.split()[0], batch, {v: x @ (exact_head if v == "student" else exact_head.detach()).t()
                                         for v, x in exact.items()}, **fields)
         dense.loss.backward()
     hidden["student"].requires_grad_()
     weight = head.clone().requires_grad_()
     heads = {view: weight if view == "student" else head for view in views}
-    out = chunked_objective(name, batch, hidden, heads, chunk=6, **fields)
+    out = chunked_objective(name.split()[0], batch, hidden, heads, chunk=6, **fields)
     out.loss.backward()
     assert hidden["student"].grad is not None and weight.grad is not None and weight.grad.dtype == dtype
     low = dtype != torch.float32
@@ -383,8 +445,8 @@ def kind(name):
 
 kinds = [{"KIND": kind} for kind in ("kl_to", "kl_from", "js", "clipped")]
 for kernel, constants in [
-    (rows._statistics, {}), (rows._buckets, {}), (rows._kl, {}), (rows._js, {}), (rows._clipped, {}),
-    (rows._sampled_gradient, {}), (rows._buckets_gradient, {"FEW": 256}),
+    (rows._statistics, {}), (rows._buckets, {}), (rows._kl, {}), (rows._js, {}), (rows._clipped, {}), (rows._blend, {}),
+    (rows._sampled_gradient, {}), (rows._blend_gradient, {}), (rows._buckets_gradient, {"FEW": 256}),
     *((rows._gradient, kind) for kind in kinds)]:
     names = kernel.arg_names
     shape = rows._shape(rows.BLOCK)

@@ -84,7 +84,7 @@ def swapped(divergence: str, logt: Any, logs: Any, weight: float = 0.5) -> Tenso
         ("copying", "selftaught.methods.sdpo.divergence", swapped),
         ("copying", "selftaught.methods.gkd.divergence", swapped),
         ("pooling", "selftaught.methods.sdpo.divergence", swapped),
-        ("target", "selftaught.methods.demopsd.barycenter", lambda t, r, a: demopsd.path(t, r, a[:, None])),
+        ("target", "selftaught.loss.divergence.barycenter", lambda t, r, a: demopsd.path(t, r, a[:, None])),
         ("exploration", "selftaught.studies.laws.demopsd.barycenter", lambda t, r, a: demopsd.path(t, r, a[:, None])),
         ("minority", "selftaught.methods.demopsd.js", lambda p, q: loss.kl(p, q)),
         ("increments", "selftaught.methods.rlsd.evidence_weight", lambda d, a, eps: d.exp().clamp(1 - eps, 1 + eps)),

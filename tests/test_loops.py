@@ -20,7 +20,7 @@ from torch.nn.functional import silu
 
 import families
 from selftaught import kernels
-from selftaught.kernels import base, compiled, loops, probe
+from selftaught.kernels import base, compiled, layer, loops, probe
 from selftaught.rollout.cache import DecodeCache
 from selftaught.score import Backbone
 from selftaught.score.attention import Segments
@@ -242,22 +242,83 @@ def test_values_of_another_width_than_keys(width: int, off: bool, monkeypatch: p
         torch.testing.assert_close(found[row], wanted[:, 0])
 
 
-@pytest.mark.parametrize("off", [False, True])
+@pytest.mark.parametrize("columns", [1, 5, 8, 9, 16, 17, 31])
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "biases and norms of heads"])
+def test_a_decoded_layer_before_and_after_its_attention(columns: int, more: bool, threads: int) -> None:
+    width, height, inner = 8, 44, 83
+
+    def normed(x: Tensor, by: layer.Norm) -> Tensor:
+        return norm(x, by.weight.double() + by.offset)
+
+    x, seen, (cos, sin) = drawn(height, columns), drawn(columns, 24, seed=1), drawn(2, columns, width, seed=2)
+    before, between, *of_heads = (layer.Norm(drawn(size, seed=i), 1e-5, 0.5) for i, size in enumerate(
+        (height, height, width, width)))
+    linears = [layer.Linear(drawn(width * heads, height, seed=heads), drawn(width * heads) if more else None)
+               for heads in (6, 3, 3)]
+    out, gate, up, down = (drawn(*shape, seed=i) for i, shape in enumerate(
+        ((height, 24), (inner, height), (inner, height), (height, inner))))
+    bias = drawn(height, seed=9) if more else None
+    found = layer.before(x, before, linears, of_heads if more else [], cos, sin)
+    for i, (made, linear) in enumerate(zip(found, linears, strict=True)):
+        exact = normed(x.double().mT, before) @ linear.weight.double().mT + (0 if linear.bias is None else linear.bias)
+        exact = exact.unflatten(-1, (-1, width)).transpose(0, 1)
+        if i < 2:
+            exact = turned_by(normed(exact, of_heads[i]) if more else exact, cos.double(), sin.double())
+        torch.testing.assert_close(made.double(), exact, rtol=1e-5, atol=1e-4)
+    middle = x.double().mT + seen.double() @ out.double().mT + (0 if bias is None else bias)
+    states = normed(middle, between)
+    exact = middle + (silu(states @ gate.double().mT) * (states @ up.double().mT)) @ down.double().mT
+    after = layer.after(seen, x, layer.Linear(out, bias), between, gate, up, down)
+    torch.testing.assert_close(after.double().mT, exact, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 47, 64, 65, 100, 128])
+@pytest.mark.parametrize("size", [1, 24, 50, 301])
+def test_logits_of_tens_of_rows(rows: int, size: int, threads: int) -> None:
+    x, weight, bias = drawn(rows, 21), drawn(size, 21, seed=1), drawn(size, seed=2)
+    exact = x.double() @ weight.double().mT
+    torch.testing.assert_close(loops.logits(x, weight).double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loops.logits(x, weight, bias).double(), exact + bias, rtol=1e-5, atol=1e-5)
+    assert loops.logits(x[:1], weight).equal(loops.logits(x, weight)[:1])  # whatever rows are beside it
+
+
+def test_a_vocabularys_logits_are_those_of_the_loop_where_they_are_not_differentiated() -> None:
+    hidden, weight = drawn(40, 24), drawn(loops.WIDE, 24, seed=1)
+    assert loops.projects(hidden, weight) and not loops.projects(hidden[:30], weight)
+    assert not loops.projects(hidden.t().contiguous().t(), weight)
+    assert affine(hidden, weight, None).equal(loops.logits(hidden, weight))
+    affine(hidden, weight.requires_grad_(), None).sum().backward()
+    assert weight.grad is not None
+
+
+class Other(torch.nn.Linear):
+    """A projection that somebody has made something of."""
+
+
+PLACES = {"before": layer, "after": layer,
+          **dict.fromkeys(("attend", "product", "norm_turned", "rotate_turned"), loops)}
+
+
+@pytest.mark.parametrize("kind", ["off", "whole", "adapted"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_decoded_hidden_states_with_and_without_loops(family: str, off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoded_hidden_states_with_and_without_loops(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads of 16, so that all loops take part."""
     called = set[str]()
-    for name in ("attend", "product", "norm_turned", "rotate_turned"):
-        real = getattr(loops, name)
-        monkeypatch.setattr(loops, name, lambda *a, real=real, name=name, **k: called.add(name) or real(*a, **k))
-    monkeypatch.setattr(base, "_off", off)
+    for name, place in PLACES.items():
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, real=real, name=name, **k: called.add(name) or real(*a, **k))
+    monkeypatch.setattr(base, "_off", kind == "off")
     model = families.SUPPORTED[family](head_dim=16) if family != "qwen2" else families.SUPPORTED[family]()
+    if kind == "adapted":
+        for each in model.model.layers:
+            each.self_attn.o_proj.__class__ = Other
     backbone = Backbone(model)
     assert turned_layers(backbone) == 2
     read = torch.randint(families.VOCABULARY, (6, 9), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(decoded(backbone, read).double(), reference(model, read), atol=2e-5, rtol=2e-5)
-    assert called == (set() if off else {"product", "norm_turned", "rotate_turned"} | (
-        {"attend"} if loops.attends(model.model.layers[0].self_attn.head_dim) else set()))
+    of_layer = {"off": set(), "whole": {"before", "after"}, "adapted": {"product", "norm_turned", "rotate_turned"}}
+    attends = kind != "off" and loops.attends(model.model.layers[0].self_attn.head_dim)
+    assert called == of_layer[kind] | ({"attend"} if attends else set())
 
 
 # -------------------------------------------------------------------------------------------------- rows of logits

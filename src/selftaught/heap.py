@@ -4,8 +4,9 @@ A block that is mapped by itself is returned when freed, and the kernel hands ou
 for a layer's activations that takes a quarter of the time of the product that fills them. One that lies on the heap
 is used again, and stays with the process among smaller blocks. glibc moves the border between the two by itself as
 larger blocks are freed, up to 32 MiB. Here it is fixed above a layer's tensors and below the vocabulary's, and the end
-of the heap is kept. Steps of a 135M model: from 1 MiB 14.8 to 15.8 s in 3.17 GB, from 4 MiB with the end kept 13.3 to
-13.8 s in 3.25 GB, from 32 MiB 13.5 to 14.1 s in 3.34 GB. Who wants it otherwise sets MALLOC_MMAP_THRESHOLD_, in bytes.
+of the heap is kept. Steps of a 135M model: from 4 MiB 10.5 to 11.3 s in 2.92 GB, from 16 MiB 10.1 to 10.3 s in 2.93 GB:
+by then the logits of a chunk of its head are used again, too. Who wants it otherwise sets MALLOC_MMAP_THRESHOLD_, in
+bytes.
 
 torch asks for memory at multiples of 64 bytes, for which glibc looks for a hole that is 96 bytes larger: one that a
 layer's passing tensor has left is too small for every tensor of that shape, and stays empty among what is kept for the
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAPPED_FROM = 2**22  # bytes
+MAPPED_FROM = 2**24  # bytes
 KEPT = 2**30  # bytes, free at the end of the heap
 SMALL = 2**14  # numbers that leave no hole to speak of
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h

@@ -59,6 +59,8 @@ def affine(hidden_nH: Tensor, weight_VH: Tensor, bias: Tensor | None) -> Tensor:
     if not taught and loops.multiplies(hidden_nH.t(), *given[1:]):
         logits = hidden_nH.new_empty(hidden_nH.shape[0], weight_VH.shape[0])
         return loops.product(hidden_nH.t(), weight_VH, bias, out_MB=logits.t()).t()
+    if not taught and loops.projects(*given):
+        return loops.logits(*given)
     logits = wide_linear(hidden_nH, weight_VH)
     return logits if bias is None else logits + upcast(bias)
 

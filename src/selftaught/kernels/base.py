@@ -19,6 +19,19 @@ class Statistics(NamedTuple):
     entropy: Tensor
 
 
+class Side(NamedTuple):
+    """Rows of logits (n, V), what multiplies them (1 / temperature), and their log-sum-exps (n,) when multiplied."""
+
+    logits: Tensor
+    scale: float
+    lse: Tensor
+
+    @property
+    def given(self) -> tuple[Tensor, int, float, Tensor]:
+        """As a kernel of a GPU takes them."""
+        return self.logits, self.logits.stride(0), self.scale, self.lse
+
+
 @contextlib.contextmanager
 def off() -> Iterator[None]:
     """Use torch's operators alone, to compare with."""

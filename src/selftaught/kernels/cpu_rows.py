@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftaught.kernels.base import Statistics
+from selftaught.kernels.base import Side, Statistics
 from selftaught.kernels.loops import library
 
 KINDS = ("kl_to", "kl_from", "js", "clipped")  # as in cpu/rows.c
@@ -62,11 +62,11 @@ def kl(p_nV: Tensor, q_nV: Tensor, tokens_n: Tensor, p_scale: float, q_scale: fl
     return out, of_p, of_q
 
 
-def js(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor, q_lse: Tensor, weight: float
-       ) -> tuple[Tensor, Tensor]:
-    """KL(P||M) and KL(Q||M), (n,) each, M = weight P + (1 - weight) Q."""
+def js(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor, q_lse: Tensor, weight: float,
+       low: float) -> tuple[Tensor, Tensor]:
+    """KL(P||M) and KL(Q||M), (n,) each, M = weight P + (1 - weight) Q, of log-probs that are raised to `low` first."""
     of_p, of_q = torch.empty_like(p_lse), torch.empty_like(p_lse)
-    library().row_js(_logits(p_nV, p_scale), _logits(q_nV, q_scale), *_at(p_lse, q_lse), weight, *p_nV.shape,
+    library().row_js(_logits(p_nV, p_scale), _logits(q_nV, q_scale), *_at(p_lse, q_lse), weight, low, *p_nV.shape,
                      *_at(of_p, of_q), torch.get_num_threads())
     return of_p, of_q
 
@@ -90,10 +90,33 @@ def gradient(kind: str, s_nV: Tensor, t_nV: Tensor, s_scale: float, t_scale: flo
     return out
 
 
+def blend(s: Side, t: Side, r: Side, share_n: Tensor, low: float) -> tuple[Tensor, Tensor]:
+    """KL(S||B), B proportional to T^(1 - share) R^share of log-probs raised to `low`, and the log of B's mass: (n,)."""
+    value, log_mass, share = torch.empty_like(s.lse), torch.empty_like(s.lse), share_n.contiguous()
+    library().row_blend(*_sides(s, t, r), share.data_ptr(), low, *s.logits.shape, *_at(value, log_mass),
+                        torch.get_num_threads())
+    return value, log_mass
+
+
+def blend_gradient(s: Side, t: Side, r: Side, share_n: Tensor, low: float, value: Tensor, log_mass: Tensor,
+                   grad_n: Tensor) -> Tensor:
+    """(n, V), in the logits of S, of what `blend` has found; B is constant."""
+    out, share, grad = _like(s.logits), share_n.contiguous(), grad_n.contiguous()
+    library().row_blend_gradient(*_sides(s, t, r), share.data_ptr(), low, *_at(value, log_mass, grad, out),
+                                 *s.logits.shape, torch.get_num_threads())
+    return out
+
+
 class _Logits(ctypes.Structure):
     """As in cpu/rows.c."""
 
     _fields_ = [("z", ctypes.c_void_p), ("stride", ctypes.c_int64), ("scale", ctypes.c_float)]
+
+
+class _Side(ctypes.Structure):
+    """As in cpu/rows.c."""
+
+    _fields_ = [("of", _Logits), ("lse", ctypes.c_void_p)]
 
 
 class _Statistics(ctypes.Structure):
@@ -104,6 +127,11 @@ class _Statistics(ctypes.Structure):
 
 def _logits(logits_nV: Tensor, scale: float) -> Any:
     return ctypes.byref(_Logits(logits_nV.data_ptr(), logits_nV.stride(0), scale))
+
+
+def _sides(*sides: Side) -> list[Any]:
+    return [ctypes.byref(_Side(_Logits(side.logits.data_ptr(), side.logits.stride(0), side.scale), side.lse.data_ptr()))
+            for side in sides]
 
 
 def _statistics(of: Statistics) -> Any:

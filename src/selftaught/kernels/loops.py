@@ -24,7 +24,8 @@ from selftaught.heap import empty, empty_like
 from selftaught.kernels.base import is_off
 from selftaught.kernels.compiled import libraries
 
-COLUMNS = 32  # of a product that is faster here than in oneDNN
+COLUMNS, MANY = 32, 128  # of a product that is faster here than in oneDNN; of one by a vocabulary
+WIDE = 2**13  # rows of a weight that is a vocabulary's
 LANES, BLOCK, STRIPE, QUERIES, PANEL = 16, 32, 36, 6, 16  # as in cpu/, where they may be less
 PLAIN = (Tensor, torch.nn.Parameter)  # what other kinds hold may lie elsewhere
 _loops: ctypes.CDLL | None = None
@@ -235,6 +236,22 @@ def product(x_KB: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None, gated
     return out
 
 
+def projects(x_nK: Tensor, weight_VK: Tensor, *more: Tensor) -> bool:
+    """Is `logits` the fastest for these?"""
+    given = (x_nK, weight_VK, *more)
+    return COLUMNS < x_nK.shape[0] <= MANY and weight_VK.shape[0] >= WIDE and all(x.is_contiguous() for x in given) \
+        and usable(*given)
+
+
+def logits(x_nK: Tensor, weight_VK: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """x W^T + bias, (n, V), for some tens of rows and a vocabulary: the weight is read once, and not copied."""
+    (n, width), size = x_nK.shape, weight_VK.shape[0]
+    out, room = x_nK.new_empty(n, size), x_nK.new_empty(-(-n // LANES) * LANES, width)
+    bias = None if bias_V is None else bias_V.data_ptr()
+    library().logits(*_at(x_nK, weight_VK), bias, *_at(room, out), n, size, width, torch.get_num_threads())
+    return out
+
+
 def norm_turned(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """x (w + offset) / sqrt(mean(x^2) + eps), over the axis before the last: (..., H, B)."""
     x, weight = x.contiguous(), weight.contiguous()
@@ -343,10 +360,13 @@ def _declare(library: Any) -> None:
         "row_buckets": [at] * 4 + [size] * 3 + [at] * 3 + [whole],
         "row_buckets_gradient": [at] * 4 + [size, at, at, size, size, whole],
         "row_kl": [at] * 3 + [size, size, at, at, at, whole],
-        "row_js": [at] * 4 + [real, size, size, at, at, whole],
+        "row_js": [at] * 4 + [real, real, size, size, at, at, whole],
+        "row_blend": [at] * 4 + [real, size, size, at, at, whole],
+        "row_blend_gradient": [at] * 4 + [real] + [at] * 4 + [size, size, whole],
         "row_clipped": [at] * 4 + [real, size, size, at, at, whole],
         "row_gradient": [whole] + [at] * 6 + [real, at, size, size, whole],
-        "attend": [at], "product": [at], "attend_pass": [at], "attend_pass_backward": [at],
+        "logits": [at] * 5 + [size] * 3 + [whole],
+        **{name: [at] for name in ("attend", "product", "before", "after", "attend_pass", "attend_pass_backward")},
     }  # fmt: skip
     for name, types in given.items():
         function = getattr(library, name)

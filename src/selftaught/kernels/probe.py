@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from selftaught.kernels import cpu_rows, loops
+from selftaught.kernels import cpu_rows, layer, loops
+from selftaught.kernels.base import Side
 
 CLOSE = 2e-5  # of the largest number of a result
 _Pair = tuple[str, Tensor, Tensor]
@@ -21,7 +22,7 @@ def check() -> None:
     """Raises RuntimeError where a loop's numbers are not torch's."""
     draw = torch.Generator("cpu").manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):  # wherever the first caller may be
-        for part in (_layers, _decoding, _passes, _statistics, _divergences):
+        for part in (_layers, _decoding, _decoded_layer, _passes, _statistics, _divergences):
             for name, ours, exact in part(draw):
                 gap = float((ours.double() - exact).abs().max())
                 if not gap <= CLOSE * float(exact.abs().max()):
@@ -82,6 +83,9 @@ def _decoding(draw: torch.Generator) -> Iterator[_Pair]:
         yield "norm_turned", loops.norm_turned(x, weight[0], 1e-6, 1.0), _norm(x.double().mT, weight[0].double() + 1).mT
         heads, angles = _drawn(draw, 3, 8, columns), _drawn(draw, 2, columns, 8)
         yield "rotate_turned", loops.rotate_turned(heads, *angles), _rotated(heads.double().mT, *angles.double())
+    for rows in (33, 71):
+        x, weight, bias = _drawn(draw, rows, 40), _drawn(draw, 53, 40), _drawn(draw, 53)
+        yield "logits", loops.logits(x, weight, bias), x.double() @ weight.double().mT + bias
     query, key, value = _drawn(draw, 6, 3, 80), _drawn(draw, 2, 3, 80), _drawn(draw, 2, 3, 80)
     prompt_k, prompt_v = _drawn(draw, 2, 2, 80, loops.BLOCK), _drawn(draw, 2, 2, 9, 80)
     held_k, held_v = _drawn(draw, 2, 3, 80, loops.BLOCK), _drawn(draw, 2, 3, loops.BLOCK, 80)
@@ -93,6 +97,26 @@ def _decoding(draw: torch.Generator) -> Iterator[_Pair]:
         values = torch.cat([prompt_v[:, group[row], :seen], held_v[:, row, : written + 1]], 1).double()
         scores = query[:, row].double().view(2, 3, 80) @ keys * 0.2
         yield "attend", found[row].view(2, 3, 80), scores.softmax(-1) @ values
+
+
+def _decoded_layer(draw: torch.Generator) -> Iterator[_Pair]:
+    for columns in (5, 16, 19):
+        x, seen, (cos, sin) = _drawn(draw, 40, columns), _drawn(draw, columns, 24), _drawn(draw, 2, columns, 8)
+        norm, between, *of_heads = (layer.Norm(_drawn(draw, size), 1e-6, 1.0) for size in (40, 40, 8, 8))
+        linears = [layer.Linear(_drawn(draw, 8 * heads, 40), _drawn(draw, 8 * heads)) for heads in (3, 2, 2)]
+        out, gate, up, down = (_drawn(draw, *shape) for shape in ((40, 24), (19, 40), (19, 40), (40, 19)))
+        normed = _norm(x.double().mT, norm.weight.double() + 1)
+        for i, ours in enumerate(layer.before(x, norm, linears, of_heads, cos, sin)):
+            weight, bias = linears[i]
+            exact = (normed @ weight.double().mT + (0 if bias is None else bias)).unflatten(-1, (-1, 8)).transpose(0, 1)
+            if i < 2:
+                exact = _rotated(_norm(exact, of_heads[i].weight.double() + 1), cos, sin)
+            yield "a layer before its attention", ours, exact
+        middle = x.double().mT + seen.double() @ out.double().mT
+        normed = _norm(middle, between.weight.double() + 1)
+        inner = silu(normed @ gate.double().mT) * (normed @ up.double().mT)
+        found = layer.after(seen, x, layer.Linear(out, None), between, gate, up, down)
+        yield "a layer after it", found.mT, middle + inner @ down.double().mT
 
 
 def _passes(draw: torch.Generator) -> Iterator[_Pair]:
@@ -152,8 +176,10 @@ def _divergences(draw: torch.Generator) -> Iterator[_Pair]:
     def clipped(p: Tensor, q: Tensor) -> Tensor:
         return (p.exp() * (p - q)).clamp(max=0.01).sum(-1)
 
+    for low in (-torch.inf, -4.0):  # which some log-probs are below
+        yield from _three_sides(draw, low)
     value, of_s, of_t = cpu_rows.kl(s, t, tokens, a, b)
-    of_mixed = cpu_rows.js(s, t, a, b, of_s.lse, of_t.lse, weight)
+    of_mixed = cpu_rows.js(s, t, a, b, of_s.lse, of_t.lse, weight, -torch.inf)
     capped, mass = cpu_rows.clipped(t, s, b, a, of_t.lse, of_s.lse, 0.01)
     forms: dict[str, tuple[Tensor, Tensor, float, Callable[[Tensor, Tensor], Tensor]]] = {
         "kl_from": (value, value, 0.0, kl),
@@ -167,3 +193,29 @@ def _divergences(draw: torch.Generator) -> Iterator[_Pair]:
         yield kind, ours, exact
         found = cpu_rows.gradient(kind, s, t, a, b, of_s.lse, of_t.lse, grad, known, number)
         yield f"{kind}: gradient", found, slope
+
+
+def _three_sides(draw: torch.Generator, low: float) -> Iterator[_Pair]:
+    drawn, grad = 3 * _drawn(draw, 3, 3, 150), _drawn(draw, 3)
+    share = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float32)
+    scales = 0.7, 1.0, 1.2
+    s, t, r = (Side(z, scale, (z * scale).logsumexp(-1)) for z, scale in zip(drawn, scales, strict=True))
+
+    def log_probs(z: Tensor, scale: float) -> Tensor:
+        return (z * scale).log_softmax(-1)
+
+    raised = [log_probs(side.logits.double(), side.scale).clamp(min=low) for side in (t, r)]
+
+    def to_barycenter(s: Tensor) -> Tensor:
+        logp = log_probs(s, scales[0])
+        blend = (1 - share[:, None]).double() * raised[0] + share[:, None].double() * raised[1]
+        return (logp.exp() * (logp - blend.log_softmax(-1))).sum(-1)
+
+    value, log_mass = cpu_rows.blend(s, t, r, share, low)
+    exact, slope = _exact(to_barycenter, grad, s.logits)
+    yield "blend", value, exact
+    yield "blend: gradient", cpu_rows.blend_gradient(s, t, r, share, low, value, log_mass, grad), slope
+    mixed = torch.logaddexp(*raised) - torch.tensor(2.0).double().log()
+    found = cpu_rows.js(t.logits, r.logits, t.scale, r.scale, t.lse, r.lse, 0.5, low)
+    for ours, side in zip(found, raised, strict=True):
+        yield "js, raised", ours, (side.exp() * (side - mixed)).sum(-1)

@@ -14,12 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selftaught.kernels.base import Statistics
+from selftaught.kernels.base import Side, Statistics
+from selftaught.kernels.lanes import (
+    LOWEST,
+    added,
+    at_token,
+    blended,
+    finite,
+    joined,
+    log_mean,
+    moved,
+    nothing,
+    offsets_of,
+    raised,
+    row_block,
+    weighed,
+)  # fmt: skip
 
 BLOCK = 4096  # logits that a program holds at a time
 WARPS = 8
 VECTOR = 4  # of them, those that a thread reads at once: 16 bytes
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 def check(device: torch.device) -> None:
@@ -38,65 +52,6 @@ def check(device: torch.device) -> None:
             raise RuntimeError(f"{name} is {gap:.1e} from what it should be")
 
 
-# ------------------------------------------------------------------------------------------------ inside the kernels
-
-
-@triton.jit
-def _row(z_ptr, stride, row, start, offsets, size, scale):
-    """One block of a row, scaled; -inf beyond its end."""
-    at = start + offsets
-    z = tl.load(z_ptr + row * stride + at, mask=at < size, other=float("-inf"))
-    return z * scale
-
-
-@triton.jit
-def _offsets(BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """(BLOCK / LANES, LANES): a column is a lane, which lies in one thread."""
-    return tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-
-
-@triton.jit
-def _finite(m):
-    """A maximum to subtract: 0 where every logit was -inf, so that nothing is inf - inf."""
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
-def _weighed(e, x):
-    """e x, and 0 where e is 0: 0 inf is 0. NaN stays NaN, so that a step is refused."""
-    return e * tl.where(e == 0, 0.0, x)
-
-
-@triton.jit
-def _at(z_ptr, row_start, token, size):
-    """The logit of a token; NaN of an id that the vocabulary does not have."""
-    return tl.load(z_ptr + row_start + token, mask=(token >= 0) & (token < size), other=float("nan"))
-
-
-@triton.jit
-def _moved(total, mass, fade, shift):
-    """sum e^(z - high) (x - x_high), where mass is sum e^(z - high): high falls by log fade, and x_high by shift."""
-    return _weighed(fade, total + mass * shift)
-
-
-@triton.jit
-def _added(high, mass, dot, z):
-    """Lanes (LANES,) that take in a block: maximum, sum of e^(z - high), sum of e^(z - high) (z - high)."""
-    higher = tl.maximum(high, tl.max(z, 0))
-    x, shift = z - higher[None, :], high - higher
-    e, fade = tl.exp(x), tl.exp(shift)
-    return higher, mass * fade + tl.sum(e, 0), _moved(dot, mass, fade, shift) + tl.sum(_weighed(e, x), 0)
-
-
-@triton.jit
-def _joined(high, mass, dot):
-    """The same three of a row, from those of its lanes."""
-    top = tl.max(high, 0)
-    shift = high - top
-    fade = tl.exp(shift)
-    return top, tl.sum(mass * fade, 0), tl.sum(_moved(dot, mass, fade, shift), 0)
-
-
 # ------------------------------------------------------------------------------------------------------- statistics
 
 
@@ -104,17 +59,17 @@ def _joined(high, mass, dot):
 def _statistics(z_ptr, stride, scale, tokens_ptr, size, lse_ptr, logp_ptr, entropy_ptr, BLOCK: tl.constexpr,
                 LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = _offsets(BLOCK, LANES)
+    offsets = offsets_of(BLOCK, LANES)
     high = tl.full((LANES,), LOWEST, tl.float32)  # finite: a lane that sees only -inf has no mass, and no inf - inf
     mass = tl.full((LANES,), 0.0, tl.float32)
     dot = mass
     for start in range(0, size, BLOCK):
-        high, mass, dot = _added(high, mass, dot, _row(z_ptr, stride, row, start, offsets, size, scale))
-    high, mass, dot = _joined(high, mass, dot)
+        high, mass, dot = added(high, mass, dot, row_block(z_ptr, stride, row, start, offsets, size, scale))
+    high, mass, dot = joined(high, mass, dot)
     lse = high + tl.log(mass)
     token = tl.load(tokens_ptr + row)
     tl.store(lse_ptr + row, lse)
-    tl.store(logp_ptr + row, _at(z_ptr, row * stride, token, size) * scale - lse)
+    tl.store(logp_ptr + row, at_token(z_ptr, row * stride, token, size) * scale - lse)
     tl.store(entropy_ptr + row, tl.log(mass) - dot / mass)
 
 
@@ -136,23 +91,23 @@ def statistics(logits_nV: Tensor, tokens_n: Tensor, scale: float) -> Statistics:
 def _buckets(z_ptr, stride, scale, tokens_ptr, size, mask_ptr, top_ptr, k, lse_ptr, logp_ptr, entropy_ptr, rest_ptr,
              out_ptr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = _offsets(BLOCK, LANES)
+    offsets = offsets_of(BLOCK, LANES)
     high = tl.full((LANES,), LOWEST, tl.float32)
     mass = tl.full((LANES,), 0.0, tl.float32)
     dot = mass
     for start in range(0, size, BLOCK):
-        z = _row(z_ptr, stride, row, start, offsets, size, scale)
+        z = row_block(z_ptr, stride, row, start, offsets, size, scale)
         at = tl.max_contiguous(start + offsets, [1, 4])  # 16 bytes at once, and a lane would be many threads'
         named = tl.load(mask_ptr + row * size + at, mask=at < size, other=1)
-        high, mass, dot = _added(high, mass, dot, tl.where(named == 0, z, float("-inf")))
-    rest_high, rest, _ = _joined(high, mass, dot)
+        high, mass, dot = added(high, mass, dot, tl.where(named == 0, z, float("-inf")))
+    rest_high, rest, _ = joined(high, mass, dot)
     rest = rest_high + tl.log(rest)
     few = tl.arange(0, LANES)  # the top comes last, as all others may lie far below it
     for start in range(0, k, LANES):
         index = tl.load(top_ptr + row * k + start + few, mask=start + few < k, other=-1)
         z = tl.load(z_ptr + row * stride + index, mask=index >= 0, other=float("-inf")) * scale
-        high, mass, dot = _added(high, mass, dot, z[None, :])
-    high, mass, dot = _joined(high, mass, dot)
+        high, mass, dot = added(high, mass, dot, z[None, :])
+    high, mass, dot = joined(high, mass, dot)
     lse = high + tl.log(mass)
     for start in range(0, k, LANES):
         index = tl.load(top_ptr + row * k + start + few, mask=start + few < k, other=-1)
@@ -162,7 +117,7 @@ def _buckets(z_ptr, stride, scale, tokens_ptr, size, mask_ptr, top_ptr, k, lse_p
     tl.store(out_ptr + row * (k + 1) + k, rest - lse)
     tl.store(rest_ptr + row, rest)
     tl.store(lse_ptr + row, lse)
-    tl.store(logp_ptr + row, _at(z_ptr, row * stride, token, size) * scale - lse)
+    tl.store(logp_ptr + row, at_token(z_ptr, row * stride, token, size) * scale - lse)
     tl.store(entropy_ptr + row, tl.log(mass) - dot / mass)
 
 
@@ -187,39 +142,39 @@ def buckets(logits_nV: Tensor, tokens_n: Tensor, scale: float, named_nV: Tensor,
 def _kl(p_ptr, p_stride, p_scale, q_ptr, q_stride, q_scale, tokens_ptr, size, kl_ptr, p_lse_ptr, p_logp_ptr,
         p_entropy_ptr, q_lse_ptr, q_logp_ptr, q_entropy_ptr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = _offsets(BLOCK, LANES)
+    offsets = offsets_of(BLOCK, LANES)
     p_high = tl.full((LANES,), LOWEST, tl.float32)
     q_high = p_high
     p_mass = tl.full((LANES,), 0.0, tl.float32)
     q_mass, p_dot, q_dot = p_mass, p_mass, p_mass
     gap = p_mass  # sum of e^(p - p_high) ((p - p_high) - (q - q_high)): of equal sides 0, however it is rounded
     for start in range(0, size, BLOCK):
-        p = _row(p_ptr, p_stride, row, start, offsets, size, p_scale)
-        q = _row(q_ptr, q_stride, row, start, offsets, size, q_scale)
+        p = row_block(p_ptr, p_stride, row, start, offsets, size, p_scale)
+        q = row_block(q_ptr, q_stride, row, start, offsets, size, q_scale)
         p_higher, q_higher = tl.maximum(p_high, tl.max(p, 0)), tl.maximum(q_high, tl.max(q, 0))
         p_shift, q_shift = p_high - p_higher, q_high - q_higher
         p_fade, q_fade = tl.exp(p_shift), tl.exp(q_shift)
         p_x, q_x = p - p_higher[None, :], q - q_higher[None, :]
         p_e, q_e = tl.exp(p_x), tl.exp(q_x)
-        gap = _moved(gap, p_mass, p_fade, p_shift - q_shift) + tl.sum(_weighed(p_e, p_x - q_x), 0)
-        p_dot = _moved(p_dot, p_mass, p_fade, p_shift) + tl.sum(_weighed(p_e, p_x), 0)
-        q_dot = _moved(q_dot, q_mass, q_fade, q_shift) + tl.sum(_weighed(q_e, q_x), 0)
+        gap = moved(gap, p_mass, p_fade, p_shift - q_shift) + tl.sum(weighed(p_e, p_x - q_x), 0)
+        p_dot = moved(p_dot, p_mass, p_fade, p_shift) + tl.sum(weighed(p_e, p_x), 0)
+        q_dot = moved(q_dot, q_mass, q_fade, q_shift) + tl.sum(weighed(q_e, q_x), 0)
         p_mass, q_mass = p_mass * p_fade + tl.sum(p_e, 0), q_mass * q_fade + tl.sum(q_e, 0)
         p_high, q_high = p_higher, q_higher
     p_top, q_top = tl.max(p_high, 0), tl.max(q_high, 0)
     p_shift, q_shift = p_high - p_top, q_high - q_top
     p_fade, q_fade = tl.exp(p_shift), tl.exp(q_shift)
-    gap = tl.sum(_moved(gap, p_mass, p_fade, p_shift - q_shift), 0)
-    p_dot = tl.sum(_moved(p_dot, p_mass, p_fade, p_shift), 0)
-    q_dot = tl.sum(_moved(q_dot, q_mass, q_fade, q_shift), 0)
+    gap = tl.sum(moved(gap, p_mass, p_fade, p_shift - q_shift), 0)
+    p_dot = tl.sum(moved(p_dot, p_mass, p_fade, p_shift), 0)
+    q_dot = tl.sum(moved(q_dot, q_mass, q_fade, q_shift), 0)
     p_mass, q_mass = tl.sum(p_mass * p_fade, 0), tl.sum(q_mass * q_fade, 0)
     token = tl.load(tokens_ptr + row)
     p_lse, q_lse = p_top + tl.log(p_mass), q_top + tl.log(q_mass)
     tl.store(kl_ptr + row, gap / p_mass + (tl.log(q_mass) - tl.log(p_mass)))
     tl.store(p_lse_ptr + row, p_lse)
     tl.store(q_lse_ptr + row, q_lse)
-    tl.store(p_logp_ptr + row, _at(p_ptr, row * p_stride, token, size) * p_scale - p_lse)
-    tl.store(q_logp_ptr + row, _at(q_ptr, row * q_stride, token, size) * q_scale - q_lse)
+    tl.store(p_logp_ptr + row, at_token(p_ptr, row * p_stride, token, size) * p_scale - p_lse)
+    tl.store(q_logp_ptr + row, at_token(q_ptr, row * q_stride, token, size) * q_scale - q_lse)
     tl.store(p_entropy_ptr + row, tl.log(p_mass) - p_dot / p_mass)
     tl.store(q_entropy_ptr + row, tl.log(q_mass) - q_dot / q_mass)
 
@@ -234,36 +189,29 @@ def kl(p_nV: Tensor, q_nV: Tensor, tokens_n: Tensor, p_scale: float, q_scale: fl
 
 
 @triton.jit
-def _log_mean(a, b, weight):
-    """log(weight e^a + (1 - weight) e^b), -inf where both are."""
-    high = _finite(tl.maximum(a, b))
-    return high + tl.log(weight * tl.exp(a - high) + (1 - weight) * tl.exp(b - high))
-
-
-@triton.jit
-def _js(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_lse_ptr, size, weight, p_kl_ptr, q_kl_ptr,
+def _js(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_lse_ptr, size, weight, low, p_kl_ptr, q_kl_ptr,
         BLOCK: tl.constexpr, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = _offsets(BLOCK, LANES)
+    offsets = offsets_of(BLOCK, LANES)
     p_lse, q_lse = tl.load(p_lse_ptr + row), tl.load(q_lse_ptr + row)
     p_kl = tl.full((LANES,), 0.0, tl.float32)
     q_kl = p_kl
     for start in range(0, size, BLOCK):
-        p = _row(p_ptr, p_stride, row, start, offsets, size, p_scale) - p_lse
-        q = _row(q_ptr, q_stride, row, start, offsets, size, q_scale) - q_lse
-        m = _log_mean(p, q, weight)
-        p_kl += tl.sum(_weighed(tl.exp(p), p - m), 0)
-        q_kl += tl.sum(_weighed(tl.exp(q), q - m), 0)
+        p = raised(row_block(p_ptr, p_stride, row, start, offsets, size, p_scale) - p_lse, low)
+        q = raised(row_block(q_ptr, q_stride, row, start, offsets, size, q_scale) - q_lse, low)
+        m = log_mean(p, q, weight)
+        p_kl += tl.sum(weighed(tl.exp(p), p - m), 0)
+        q_kl += tl.sum(weighed(tl.exp(q), q - m), 0)
     tl.store(p_kl_ptr + row, tl.sum(p_kl, 0))
     tl.store(q_kl_ptr + row, tl.sum(q_kl, 0))
 
 
-def js(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor, q_lse: Tensor, weight: float
-       ) -> tuple[Tensor, Tensor]:
-    """KL(P||M) and KL(Q||M), (n,) each, M = weight P + (1 - weight) Q."""
+def js(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor, q_lse: Tensor, weight: float,
+       low: float) -> tuple[Tensor, Tensor]:
+    """KL(P||M) and KL(Q||M), (n,) each, M = weight P + (1 - weight) Q, of log-probs that are raised to `low` first."""
     p_kl, q_kl = torch.empty_like(p_lse), torch.empty_like(p_lse)
     _js[(p_nV.shape[0],)](p_nV, p_nV.stride(0), p_scale, p_lse, q_nV, q_nV.stride(0), q_scale, q_lse, p_nV.shape[1],
-                          weight, p_kl, q_kl, **_shape(BLOCK // 2))
+                          weight, low, p_kl, q_kl, **_shape(BLOCK // 2))
     return p_kl, q_kl
 
 
@@ -271,15 +219,15 @@ def js(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: Tensor
 def _clipped(p_ptr, p_stride, p_scale, p_lse_ptr, q_ptr, q_stride, q_scale, q_lse_ptr, size, clip, out_ptr, mass_ptr,
              BLOCK: tl.constexpr, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    offsets = _offsets(BLOCK, LANES)
+    offsets = offsets_of(BLOCK, LANES)
     p_lse, q_lse = tl.load(p_lse_ptr + row), tl.load(q_lse_ptr + row)
     out = tl.full((LANES,), 0.0, tl.float32)
     mass = out
     for start in range(0, size, BLOCK):
-        p = _row(p_ptr, p_stride, row, start, offsets, size, p_scale) - p_lse
-        q = _row(q_ptr, q_stride, row, start, offsets, size, q_scale) - q_lse
+        p = row_block(p_ptr, p_stride, row, start, offsets, size, p_scale) - p_lse
+        q = row_block(q_ptr, q_stride, row, start, offsets, size, q_scale) - q_lse
         e = tl.exp(p)
-        term = _weighed(e, p - q)
+        term = weighed(e, p - q)
         out += tl.sum(tl.where(term > clip, clip, term), 0)
         mass += tl.sum(tl.where(term > clip, 0.0, e), 0)
     tl.store(out_ptr + row, tl.sum(out, 0))
@@ -295,6 +243,39 @@ def clipped(p_nV: Tensor, q_nV: Tensor, p_scale: float, q_scale: float, p_lse: T
     return out, mass
 
 
+@triton.jit
+def _blend(s_ptr, s_stride, s_scale, s_lse_ptr, t_ptr, t_stride, t_scale, t_lse_ptr, r_ptr, r_stride, r_scale,
+           r_lse_ptr, share_ptr, low, size, kl_ptr, mass_ptr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = offsets_of(BLOCK, LANES)
+    s_lse, t_lse, r_lse = tl.load(s_lse_ptr + row), tl.load(t_lse_ptr + row), tl.load(r_lse_ptr + row)
+    share = tl.load(share_ptr + row)
+    high = tl.full((LANES,), LOWEST, tl.float32)
+    mass = tl.full((LANES,), 0.0, tl.float32)
+    gap = mass
+    for start in range(0, size, BLOCK):
+        s = row_block(s_ptr, s_stride, row, start, offsets, size, s_scale) - s_lse
+        t = row_block(t_ptr, t_stride, row, start, offsets, size, t_scale) - t_lse
+        r = row_block(r_ptr, r_stride, row, start, offsets, size, r_scale) - r_lse
+        b = blended(s, t, r, share, low)
+        higher = tl.maximum(high, tl.max(b, 0))
+        mass = mass * tl.exp(high - higher) + tl.sum(tl.exp(b - higher[None, :]), 0)
+        gap += tl.sum(weighed(tl.exp(s), s - b), 0)
+        high = higher
+    top = tl.max(high, 0)
+    log_mass = top + tl.log(tl.sum(mass * tl.exp(high - top), 0))
+    tl.store(kl_ptr + row, tl.sum(gap, 0) + log_mass)
+    tl.store(mass_ptr + row, log_mass)
+
+
+def blend(s: Side, t: Side, r: Side, share_n: Tensor, low: float) -> tuple[Tensor, Tensor]:
+    """KL(S||B), B proportional to T^(1 - share) R^share of log-probs raised to `low`, and the log of B's mass: (n,)."""
+    value, log_mass = torch.empty_like(s.lse), torch.empty_like(s.lse)
+    _blend[(share_n.shape[0],)](*s.given, *t.given, *r.given, share_n.contiguous(), low, s.logits.shape[1], value,
+                                log_mass, **_shape(BLOCK // 2))
+    return value, log_mass
+
+
 # -------------------------------------------------------------------------------------------------------- gradients
 
 
@@ -305,25 +286,23 @@ def _gradient(s_ptr, s_stride, s_scale, s_lse_ptr, t_ptr, t_stride, t_scale, t_l
     offsets = tl.arange(0, BLOCK)
     grad = tl.load(grad_ptr + row)
     if grad == 0:
-        for start in range(0, size, BLOCK):
-            at = start + offsets
-            tl.store(out_ptr + row * size + at, tl.zeros([BLOCK], dtype=tl.float32), mask=at < size)
+        nothing(out_ptr, row, size, offsets, BLOCK)
     else:
         s_lse, t_lse, known = tl.load(s_lse_ptr + row), tl.load(t_lse_ptr + row), tl.load(known_ptr + row)
         grad = grad * s_scale
         for start in range(0, size, BLOCK):
             at = start + offsets
-            s = _row(s_ptr, s_stride, row, start, offsets, size, s_scale) - s_lse
-            t = _row(t_ptr, t_stride, row, start, offsets, size, t_scale) - t_lse
+            s = row_block(s_ptr, s_stride, row, start, offsets, size, s_scale) - s_lse
+            t = row_block(t_ptr, t_stride, row, start, offsets, size, t_scale) - t_lse
             if KIND == "kl_to":  # KL(T||S)
                 out = tl.exp(s) - tl.exp(t)
             elif KIND == "kl_from":  # KL(S||T), which is `known`
-                out = _weighed(tl.exp(s), s - t - known)
+                out = weighed(tl.exp(s), s - t - known)
             elif KIND == "js":  # `number` is the weight of S, `known` KL(S||M)
-                out = number * _weighed(tl.exp(s), s - _log_mean(s, t, number) - known)
+                out = number * weighed(tl.exp(s), s - log_mean(s, t, number) - known)
             else:  # KL(T||S) with summands capped at `number`, `known` the mass of those that are not
                 e = tl.exp(t)
-                out = tl.exp(s) * known - tl.where(_weighed(e, t - s) > number, 0.0, e)
+                out = tl.exp(s) * known - tl.where(weighed(e, t - s) > number, 0.0, e)
             tl.store(out_ptr + row * size + at, out * grad, mask=at < size)
 
 
@@ -344,7 +323,7 @@ def _sampled_gradient(z_ptr, stride, scale, lse_ptr, tokens_ptr, size, grad_ptr,
     grad, lse, token = tl.load(grad_ptr + row) * scale, tl.load(lse_ptr + row), tl.load(tokens_ptr + row)
     for start in range(0, size, BLOCK):
         at = start + offsets
-        p = tl.exp(_row(z_ptr, stride, row, start, offsets, size, scale) - lse)
+        p = tl.exp(row_block(z_ptr, stride, row, start, offsets, size, scale) - lse)
         tl.store(out_ptr + row * size + at, grad * (tl.where(at == token, 1.0, 0.0) - p), mask=at < size)
 
 
@@ -361,7 +340,7 @@ def _buckets_gradient(z_ptr, stride, scale, lse_ptr, rest_ptr, top_ptr, k, size,
                       BLOCK: tl.constexpr, FEW: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     offsets, few = tl.arange(0, BLOCK), tl.arange(0, FEW)
-    lse, rest = tl.load(lse_ptr + row), _finite(tl.load(rest_ptr + row))
+    lse, rest = tl.load(lse_ptr + row), finite(tl.load(rest_ptr + row))
     tail = tl.load(grad_ptr + row * (k + 1) + k) * scale
     total = tl.zeros([FEW], dtype=tl.float32)
     for start in range(0, k, FEW):
@@ -369,7 +348,7 @@ def _buckets_gradient(z_ptr, stride, scale, lse_ptr, rest_ptr, top_ptr, k, size,
     total = tl.sum(total, 0) * scale + tail
     for start in range(0, size, BLOCK):
         at = start + offsets
-        z = _row(z_ptr, stride, row, start, offsets, size, scale)
+        z = row_block(z_ptr, stride, row, start, offsets, size, scale)
         tl.store(out_ptr + row * size + at, tail * tl.exp(z - rest) - total * tl.exp(z - lse), mask=at < size)
     tl.debug_barrier()  # what other threads have written of the top is wrong, and gets written over
     for start in range(0, k, FEW):
@@ -387,4 +366,34 @@ def buckets_gradient(logits_nV: Tensor, scale: float, lse: Tensor, rest: Tensor,
     _buckets_gradient[(logits_nV.shape[0],)](logits_nV, logits_nV.stride(0), scale, lse, rest, top_nk.contiguous(),
                                              top_nk.shape[1], logits_nV.shape[1], grad.contiguous(), out, BLOCK=BLOCK,
                                              FEW=32 * WARPS, num_warps=WARPS)
+    return out
+
+
+@triton.jit
+def _blend_gradient(s_ptr, s_stride, s_scale, s_lse_ptr, t_ptr, t_stride, t_scale, t_lse_ptr, r_ptr, r_stride, r_scale,
+                    r_lse_ptr, share_ptr, low, size, kl_ptr, mass_ptr, grad_ptr, out_ptr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    grad = tl.load(grad_ptr + row)
+    if grad == 0:
+        nothing(out_ptr, row, size, offsets, BLOCK)
+    else:
+        s_lse, t_lse, r_lse = tl.load(s_lse_ptr + row), tl.load(t_lse_ptr + row), tl.load(r_lse_ptr + row)
+        share, less = tl.load(share_ptr + row), tl.load(kl_ptr + row) - tl.load(mass_ptr + row)
+        grad = grad * s_scale
+        for start in range(0, size, BLOCK):
+            at = start + offsets
+            s = row_block(s_ptr, s_stride, row, start, offsets, size, s_scale) - s_lse
+            t = row_block(t_ptr, t_stride, row, start, offsets, size, t_scale) - t_lse
+            r = row_block(r_ptr, r_stride, row, start, offsets, size, r_scale) - r_lse
+            out = weighed(tl.exp(s), s - blended(s, t, r, share, low) - less)
+            tl.store(out_ptr + row * size + at, out * grad, mask=at < size)
+
+
+def blend_gradient(s: Side, t: Side, r: Side, share_n: Tensor, low: float, value: Tensor, log_mass: Tensor,
+                   grad_n: Tensor) -> Tensor:
+    """(n, V), in the logits of S, of what `blend` has found; B is constant."""
+    out = torch.empty(s.logits.shape, dtype=s.logits.dtype, device=s.logits.device)
+    _blend_gradient[(share_n.shape[0],)](*s.given, *t.given, *r.given, share_n.contiguous(), low, s.logits.shape[1],
+                                         value, log_mass, grad_n.contiguous(), out, BLOCK=BLOCK // 2, num_warps=WARPS)
     return out

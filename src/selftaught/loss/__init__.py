@@ -6,9 +6,9 @@ from selftaught.loss.divergence import (
     barycenter,
     clipped_kl,
     divergence,
-    floored,
     js,
     kl,
+    kl_to_barycenter,
     mixture,
     with_tail,
 )
@@ -24,6 +24,6 @@ from selftaught.loss.surrogate import (
 )
 
 __all__ = ["DIVERGENCES", "REFERENCE_KLS", "LossConfig", "Reduced", "barycenter", "capped_ratio", "chunked_loss",
-           "clip_ratio", "clipped", "clipped_kl", "clipped_loss", "divergence", "floored",
-           "importance_ratio", "js", "kl", "masked", "mixture", "reference_penalty", "sampler_correction",
+           "clip_ratio", "clipped", "clipped_kl", "clipped_loss", "divergence", "importance_ratio", "js",
+           "kl", "kl_to_barycenter", "masked", "mixture", "reference_penalty", "sampler_correction",
            "token_weights", "with_tail"]

@@ -59,14 +59,16 @@ def clipped_kl(p: Distribution, q: Distribution, clip: float | None) -> Tensor:
     return kl_terms(log_probs_of(p), log_probs_of(q)).clamp(max=clip).sum(-1) if found is None else found
 
 
-def js(p: Distribution, q: Distribution, weight: float = 0.5) -> Tensor:
+def js(p: Distribution, q: Distribution, weight: float = 0.5, floor: float = 0.0) -> Tensor:
     """weight KL(P||M) + (1 - weight) KL(Q||M), M = weight P + (1 - weight) Q, 0 < weight < 1 (arXiv 2306.13649).
 
-    At most ln 2. Its limits at weight 0 and 1 are 0, not the two KLs: those are functions of their own.
+    At most ln 2. Its limits at weight 0 and 1 are 0, not the two KLs: those are functions of their own. With a floor,
+    P and Q are raised to it first, and not renormalised.
     """
-    if (found := _found(fused.js, by_hand.js, p, q, weight)) is not None:
+    found = fused.js(p, q, weight, floor) if floor else _found(fused.js, by_hand.js, p, q, weight)
+    if found is not None:
         return found
-    logp, logq = log_probs_of(p), log_probs_of(q)
+    logp, logq = raised(floor, log_probs_of(p), log_probs_of(q))
     # What M adds to the gradient sums to 0 over the vocabulary, where P and Q are normalised: it may be constant.
     logm = mixture((logp.detach(), logq.detach()), (weight, 1 - weight))
     return weight * kl(logp, logm) + (1 - weight) * kl(logq, logm)
@@ -96,6 +98,26 @@ def barycenter(logp: Tensor, logq: Tensor, share_n: Tensor) -> Tensor:
     return blend - log_sum_exp(blend, -1)[:, None]
 
 
+def kl_to_barycenter(student: Distribution, p: Distribution, q: Distribution, share_n: Tensor, floor: float = 0.0
+                     ) -> Tensor:
+    """KL(S||B) of the `barycenter` B of P and Q, which are raised to the floor first (arXiv 2607.02502 eqs. 9, 12).
+
+    A token that all three hold to be impossible stays it.
+    """
+    if (found := fused.kl_to_barycenter(student, p, q, share_n, floor)) is not None:
+        return found
+    logs = log_probs_of(student)
+    logps = log_probs_of(p), log_probs_of(q)
+    dead = torch.stack([logs.detach(), *logps]).eq(-math.inf).all(0)
+    logp, logq = (x.masked_fill(dead, -math.inf) for x in raised(floor, *logps))
+    return kl(logs, barycenter(logp, logq, share_n))
+
+
+def raised(floor: float, *logps: Tensor) -> tuple[Tensor, ...]:
+    """Log-probs of at least log(floor), not renormalised; 0: as they are."""
+    return tuple(logp.clamp(min=math.log(floor)) for logp in logps) if floor > 0 else logps
+
+
 def _times(share: Tensor, logp: Tensor) -> Tensor:
     """share logp, with 0 where the share is 0: P^0 is 1, also of P = 0."""
     return torch.where(share == 0, torch.zeros_like(logp), share * logp)
@@ -116,11 +138,3 @@ def with_tail(k: int | None, student: Distribution, *others: Distribution) -> tu
              for x in (student, *others)]
     top = largest(dists[0].logits.detach(), k)
     return tuple(by_hand.buckets(dist, top) for dist in dists)
-
-
-def floored(floor: float, *dists: Distribution, alive: Distribution) -> tuple[Tensor, ...]:
-    """Log-probs of at least log(floor), not renormalised; a token that all of them and `alive` hold at -inf stays."""
-    logps = [log_probs_of(x) for x in dists]
-    dead = torch.stack([*logps, log_probs_of(alive).detach()]).eq(-math.inf).all(0)
-    low = math.log(floor) if floor > 0 else -math.inf
-    return tuple(torch.where(dead, logp, logp.clamp(min=low)) for logp in logps)

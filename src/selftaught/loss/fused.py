@@ -6,12 +6,14 @@ student's alone. The caller then takes torch's operators, whose numbers these ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from selftaught.kernels import rows_of
+from selftaught.kernels.base import Side
 from selftaught.tensors import largest
 from selftaught.vocabulary import Known, TokenDist
 
@@ -49,17 +51,37 @@ def clipped_kl(p: Distribution, q: Distribution, clip: float) -> Tensor | None:
     return _with_gradient("clipped", value, q, p, mass, clip)
 
 
-def js(p: Distribution, q: Distribution, weight: float) -> Tensor | None:
-    """weight KL(P||M) + (1 - weight) KL(Q||M), M = weight P + (1 - weight) Q."""
-    if (pair := _pair(p, q)) is None:
+def js(p: Distribution, q: Distribution, weight: float, floor: float = 0.0) -> Tensor | None:
+    """weight KL(P||M) + (1 - weight) KL(Q||M), M = weight P + (1 - weight) Q; with a floor, of two constant sides."""
+    if (pair := _pair(p, q)) is None or (floor and pair[1] is not None):
         return None
     (p, q), student = pair
     of_p, of_q = rows_of(p.raw).js(p.raw.detach(), q.raw.detach(), p.scale, q.scale, p.statistics.lse,
-                                  q.statistics.lse, weight)
+                                  q.statistics.lse, weight, log(floor))
     value = weight * of_p + (1 - weight) * of_q
     if student is p:
         return _with_gradient("js", value, p, q, of_p, weight)
     return _with_gradient("js", value, q, p, of_q, 1 - weight)
+
+
+def kl_to_barycenter(student: Distribution, p: Distribution, q: Distribution, share_n: Tensor, floor: float
+                     ) -> Tensor | None:
+    """KL(S||B), B in proportion to P^(1 - share) Q^share; P, Q and the share are constant."""
+    if (to_p := _pair(student, p)) is None or (to_q := _pair(student, q)) is None or share_n.requires_grad:
+        return None
+    student, p, q = *to_p[0], to_q[0][1]
+    if any(pair[1] not in (student, None) for pair in (to_p, to_q)):
+        return None
+    of = [Side(x.raw.detach(), x.scale, x.statistics.lse) for x in (student, p, q)]
+    rows, low, share_n = rows_of(student.raw), log(floor), share_n.to(student.raw.dtype)
+    value, log_mass = rows.blend(*of, share_n, low)
+    return Known.apply(student.raw, value,
+                       lambda grad: rows.blend_gradient(*of, share_n, low, value, log_mass, grad))
+
+
+def log(floor: float) -> float:
+    """-inf of no floor."""
+    return math.log(floor) if floor > 0 else -math.inf
 
 
 def with_tail(k: int, student: Distribution, others: Sequence[Distribution]) -> tuple[Tensor, ...] | None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from selftaught.credit import base_credit, evidence
-from selftaught.loss import barycenter, capped_ratio, floored, js, kl, with_tail
+from selftaught.loss import capped_ratio, js, kl_to_barycenter, with_tail
 from selftaught.methods.fields import require
 from selftaught.records import Credit, TokenBatch, TokenLoss, View
 from selftaught.vocabulary import TokenDist
@@ -60,11 +60,10 @@ class DemoPSD:
         return base_credit(batch, needs_privilege=True)
 
     def loss(self, student: TokenDist, views: Mapping[str, TokenDist], credit: Credit) -> TokenLoss:
-        own, *theirs = with_tail(self.top_k, student, views["teacher"], views["reference"])
-        teacher, reference = floored(self.floor, *theirs, alive=own)
-        disagreement = js(reference, teacher)
+        own, teacher, reference = with_tail(self.top_k, student, views["teacher"], views["reference"])
+        disagreement = js(reference, teacher, floor=self.floor)
         alpha = self.alpha_max * (self.beta * disagreement / 2).tanh()
-        distance = kl(own, barycenter(teacher, reference, alpha))
+        distance = kl_to_barycenter(own, teacher, reference, alpha, self.floor)
         loss = capped_ratio(student.at_sampled, credit.get("logp_old"), self.is_cap) * distance
         gap = evidence(views["teacher"].at_sampled, student.at_sampled).detach()
         return TokenLoss(loss, {"gap": gap, "kl": distance.detach(), "alpha": alpha, "disagreement": disagreement})

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selftaught.kernels import layer as by_loops
 from selftaught.kernels import loops
 from selftaught.score.attention import Attends
 from selftaught.score.fused import Fused, close, is_silu
@@ -70,6 +71,10 @@ class _Norm:
     def __init__(self, module: Any, eps: float, offset: float) -> None:
         self._module, self._eps, self._offset = module, eps, offset
         self._added = torch.tensor(eps)
+
+    @property
+    def numbers(self) -> by_loops.Norm:
+        return by_loops.Norm(self._module.weight, self._eps, self._offset)
 
     def __call__(self, x: Tensor) -> Tensor:
         if loops.usable(x):
@@ -134,6 +139,8 @@ class _Layer:
 
     def run(self, x_HB: Tensor, tables: tuple[Tensor, Tensor], segments: Attends) -> Tensor:
         """The layer itself: (H, B) to (H, B)."""
+        if (found := self._by_loops(x_HB, tables, segments)) is not None:
+            return found
         normed = self._before(x_HB)
         query, key, value = [_through(part, normed).view(-1, self._width, normed.shape[1])
                              for part in self._projections]
@@ -153,6 +160,26 @@ class _Layer:
             return loops.product(inner, down, residual_MB=x_HB)
         out: Tensor = scripted(_gated_sum)(normed, x_HB, *weights)
         return out
+
+
+    def _by_loops(self, x_HB: Tensor, tables: tuple[Tensor, Tensor], segments: Attends) -> Tensor | None:
+        """The same in two calls and its attention; None where a part is none of theirs, or adapted."""
+        linears = *self._projections, self._out
+        if not self._gated or not all(type(linear) is nn.Linear for linear in linears):
+            return None
+        *projections, out = (by_loops.Linear(linear.weight, linear.bias) for linear in linears)
+        norm, between, *of_heads = (norm.numbers for norm in (self._before, self._between, *self._of_heads))
+        mlp = self._mlp.gate_proj.weight, self._mlp.up_proj.weight, self._mlp.down_proj.weight
+        cos, sin = (table[0] for table in tables)
+        more = [cos, sin, *(n.weight for n in (norm, between, *of_heads)),
+                *(bias for _, bias in (*projections, out) if bias is not None)]
+        if not (loops.multiplies(x_HB, *(w for w, _ in (*projections, out)), *mlp) and loops.usable(*more)
+                and all(x.is_contiguous() for x in (x_HB, *more))):
+            return None
+        query, key, value = by_loops.before(x_HB, norm, projections, of_heads, cos, sin)
+        layer, scaling, window = self.attends
+        seen = segments.attend(layer, query, key, value, scaling, window).flatten(1).contiguous()
+        return by_loops.after(seen, x_HB, out, between, *mlp)
 
 
 def _plain(linear: Any) -> bool:

@@ -59,9 +59,14 @@ typedef struct {
 
 INLINE size panel_width(size B, size first) { return B - first > 8 ? PANEL : 8; }
 
-/* x in panels of columns, (K, width) each, with zeros beyond the last. */
+/* Where x lies in panels of columns, (K, width) each, with zeros beyond the last. */
+INLINE const float *panels_at(const Product *p) {
+    return p->B == PANEL && p->x_b == 1 && p->x_k == PANEL ? p->x : p->room;
+}
+
+/* Puts it there. */
 INLINE const float *panels(const Product *p) {
-    if (p->B == PANEL && p->x_b == 1 && p->x_k == PANEL) return p->x;
+    if (panels_at(p) == p->x) return p->x;
     for (size first = 0; first < p->B; first += PANEL) {
         size width = panel_width(p->B, first), real = p->B - first < width ? p->B - first : width;
         float *to = p->room + first * p->K;
@@ -94,15 +99,116 @@ INLINE void product_rows(const Product *p, const float *x, size m, size rows) {
     }
 }
 
+/* Where the part of so many rows begins, in whole blocks of them. */
+INLINE size cut(size M, size part, size parts) { return part == parts ? M : M * part / parts / ROWS * ROWS; }
+
+/* Rows [from, to) of products with one x that lie one behind the other, as far as they are this one's, which starts at
+   `start`. */
+INLINE void product_part(const Product *p, const float *x, size start, size from, size to) {
+    size m = from > start ? from - start : 0, end = to - start < p->M ? to - start : p->M;
+    for (; m + ROWS <= end; m += ROWS) product_rows(p, x, m, ROWS);
+    for (; m < end; m++) product_rows(p, x, m, 1);
+}
+
 /* silu(gated) (W x + bias) + residual, for few columns: the weight is read once, in the order in which it lies. */
 void product(const Product *p) {
     const float *x = panels(p);
 #pragma omp parallel for num_threads(p->threads) if (p->M * p->K > SMALL) schedule(static)
-    for (int part = 0; part < p->threads; part++) {
-        size m = p->M * part / p->threads / ROWS * ROWS, end = p->M * (part + 1) / p->threads / ROWS * ROWS;
-        if (part + 1 == p->threads) end = p->M;
-        for (; m + ROWS <= end; m += ROWS) product_rows(p, x, m, ROWS);
-        for (; m < end; m++) product_rows(p, x, m, 1);
+    for (int part = 0; part < p->threads; part++)
+        product_part(p, x, 0, cut(p->M, part, p->threads), cut(p->M, part + 1, p->threads));
+}
+
+/* ---- a layer but for its attention ---- */
+
+typedef struct {
+    const float *x, *norm;                 /* (H, B); (H) */
+    const float *w[3], *bias[3], *of[2];   /* of queries, keys, values: (heads D, H), (heads D) or NULL; norms (D) or NULL */
+    const float *cos, *sin;                /* (B, D) */
+    float *room, *out[3];                  /* as layer.py says; (heads, B, D) */
+    size H, B, D, heads[3];
+    float eps[3], offset[3];               /* of the layer's norm, and of those of queries and keys */
+    int threads;
+} Before;
+
+INLINE size padded(size B) { return (B + PANEL - 1) / PANEL * PANEL; }
+
+/* The norm, then queries, keys and values, the first two normed by head, if at all, and rotated. */
+void before(const Before *b) {
+    size B = b->B, D = b->D, all = b->heads[0] + b->heads[1] + b->heads[2], rows = all * D;
+    float *root = b->room, *normed = root + B, *panel = normed + b->H * B, *made = panel + b->H * padded(B);
+    Product each[3];
+    norm_turned(b->x, b->norm, normed, root, 1, b->H, B, b->eps[0], b->offset[0]);
+    for (size i = 0, start = 0; i < 3; start += b->heads[i++] * D)
+        each[i] = (Product){.x = normed, .w = b->w[i], .bias = b->bias[i], .room = panel, .out = made + start * B,
+                            .M = b->heads[i] * D, .K = b->H, .B = B, .x_k = B, .x_b = 1, .out_m = B, .out_b = 1};
+    const float *x = panels(&each[0]);
+#pragma omp parallel num_threads(b->threads)
+    {
+#pragma omp for schedule(static)
+        for (int part = 0; part < b->threads; part++) {
+            size from = cut(rows, part, b->threads), to = cut(rows, part + 1, b->threads);
+            for (size i = 0, start = 0; i < 3; start += each[i++].M)
+                if (from < start + each[i].M && to > start) product_part(&each[i], x, start, from, to);
+        }
+#pragma omp for schedule(static)
+        for (size head = 0; head < all; head++) {
+            size i = head < b->heads[0] ? 0 : head < b->heads[0] + b->heads[1] ? 1 : 2;
+            size own = head - (i > 0 ? b->heads[0] : 0) - (i > 1 ? b->heads[1] : 0);
+            float *from = made + head * D * B, *to = b->out[i] + own * B * D, *spare = made + all * D * B + head * (D + 1) * B;
+            if (i == 2) {
+                for (size d = 0; d < D; d++)
+                    for (size at = 0; at < B; at++) to[at * D + d] = from[d * B + at];
+            } else {
+                if (b->of[i]) norm_turned(from, b->of[i], spare + B, spare, 1, D, B, b->eps[i + 1], b->offset[i + 1]);
+                rotate_turned(b->of[i] ? spare + B : from, b->cos, b->sin, to, 1, D, B);
+            }
+        }
+    }
+}
+
+typedef struct {
+    const float *seen, *x, *o, *bias;         /* what attention made, (B, K); (H, B); (H, K); (H) or NULL */
+    const float *norm, *gate, *up, *down;     /* (H); (I, H) twice; (H, I) */
+    float *room, *out;                        /* as layer.py says; (H, B) */
+    size H, I, K, B;
+    float eps, offset;
+    int threads;
+} After;
+
+/* The product of what was attended and its sum, then the norm, the gated layer and its sum. */
+void after(const After *a) {
+    size B = a->B, H = a->H, I = a->I, threads = a->threads;
+    float *root = a->room, *middle = root + B, *normed = middle + H * B, *inner = normed + H * B;
+    float *gated = inner + I * B, *panel = gated + I * B;
+    Product p = {.room = panel, .B = B, .x_b = 1, .x_k = B, .out_m = B, .out_b = 1};
+    Product o = p, gate = p, up = p, down = p;
+    o.x = a->seen, o.x_k = 1, o.x_b = a->K, o.w = a->o, o.bias = a->bias, o.residual = a->x, o.out = middle;
+    gate.x = up.x = normed, gate.w = a->gate, up.w = a->up, gate.out = gated, up.gated = gated, up.out = inner;
+    down.x = inner, down.w = a->down, down.residual = middle, down.out = a->out;
+    o.K = a->K, gate.K = up.K = H, down.K = I, o.M = down.M = H, gate.M = up.M = I;
+    const float *x = panels(&o);
+#pragma omp parallel num_threads(a->threads) firstprivate(x)
+    {
+#pragma omp for schedule(static)
+        for (size part = 0; part < threads; part++) product_part(&o, x, 0, cut(H, part, threads), cut(H, part + 1, threads));
+#pragma omp single
+        {
+            norm_turned(middle, a->norm, normed, root, 1, H, B, a->eps, a->offset);
+            panels(&gate);
+        }
+        x = panels_at(&gate);
+#pragma omp for schedule(static)
+        for (size part = 0; part < threads; part++)
+            for (size m = cut(I, part, threads), end = cut(I, part + 1, threads); m < end; m += ROWS) {
+                size to = m + ROWS < end ? m + ROWS : end; /* a few rows of both, whose gate is in the cache still */
+                product_part(&gate, x, 0, m, to), product_part(&up, x, 0, m, to);
+            }
+#pragma omp single
+        panels(&down);
+        x = panels_at(&down);
+#pragma omp for schedule(static)
+        for (size part = 0; part < threads; part++)
+            product_part(&down, x, 0, cut(H, part, threads), cut(H, part + 1, threads));
     }
 }
 

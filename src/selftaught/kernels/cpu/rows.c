@@ -16,6 +16,11 @@ typedef struct {
     float scale;
 } Logits; /* (n, V), rows `stride` apart */
 
+typedef struct {
+    Logits of;
+    const float *lse;
+} Side; /* log-probs (n, V): scaled logits less their log-sum-exp */
+
 /* log x to 2 units in the last place, by the polynomial of Cephes' logf. */
 INLINE float logarithm(float x) {
     union { float value; int32_t bits; } u = {x};
@@ -36,6 +41,7 @@ INLINE float logarithm(float x) {
 }
 
 INLINE float weighed(float e, float x) { return e == 0.0f ? 0.0f : e * x; } /* NaN stays: a step is then refused */
+INLINE float raised(float x, float low) { return x < low ? low : x; }
 INLINE float bounded(float x) { return x == -INFINITY ? 0.0f : x; }
 
 /* log(weight e^a + (1 - weight) e^b), -inf where both are. */
@@ -184,9 +190,9 @@ void row_kl(const Logits *p, const Logits *q, const size *tokens, size n, size V
     }
 }
 
-/* KL(P||M) and KL(Q||M), M = weight P + (1 - weight) Q. */
-void row_js(const Logits *p, const Logits *q, const float *p_lse, const float *q_lse, float weight, size n, size V,
-        float *of_p, float *of_q, int threads) {
+/* KL(P||M) and KL(Q||M), M = weight P + (1 - weight) Q, of log-probs raised to `low`. */
+void row_js(const Logits *p, const Logits *q, const float *p_lse, const float *q_lse, float weight, float low, size n,
+        size V, float *of_p, float *of_q, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (size i = 0; i < n; i++) {
         const float *a = p->z + i * p->stride, *b = q->z + i * q->stride;
@@ -197,7 +203,8 @@ void row_js(const Logits *p, const Logits *q, const float *p_lse, const float *q
             float ps = 0, qs = 0;
 #pragma omp simd reduction(+ : ps, qs)
             for (size v = first; v < end; v++) {
-                float x = a[v] * p->scale - less_p, y = b[v] * q->scale - less_q, m = log_mean(x, y, weight);
+                float x = raised(a[v] * p->scale - less_p, low), y = raised(b[v] * q->scale - less_q, low);
+                float m = log_mean(x, y, weight);
                 ps += weighed(exponential(x), x - m), qs += weighed(exponential(y), y - m);
             }
             p_sum += ps, q_sum += qs;
@@ -226,6 +233,72 @@ void row_clipped(const Logits *p, const Logits *q, const float *p_lse, const flo
             sum += s, kept += k;
         }
         out[i] = (float)sum, mass[i] = (float)kept;
+    }
+}
+
+/* ---- three sides: the barycenter B, in proportion to T^(1 - share) R^share ---- */
+
+INLINE float times(float share, float x) { return share == 0.0f ? 0.0f : share * x; } /* P^0 is 1, also of P = 0 */
+
+/* log T^(1 - share) R^share of log-probs raised to `low`; -inf where S holds it to be impossible too. */
+INLINE float blended(float s, float t, float r, float share, float low) {
+    float b = times(1.0f - share, raised(t, low)) + times(share, raised(r, low));
+    return s == -INFINITY && t == -INFINITY && r == -INFINITY ? -INFINITY : b;
+}
+
+typedef struct {
+    const float *s, *t, *r; /* a row of each */
+    float s_scale, t_scale, r_scale, s_lse, t_lse, r_lse, share, low;
+} Three;
+
+INLINE Three three(const Side *s, const Side *t, const Side *r, const float *share, float low, size i) {
+    return (Three){s->of.z + i * s->of.stride, t->of.z + i * t->of.stride, r->of.z + i * r->of.stride, s->of.scale,
+                   t->of.scale, r->of.scale, s->lse[i], t->lse[i], r->lse[i], share[i], low};
+}
+
+INLINE float of_s(Three o, size v) { return o.s[v] * o.s_scale - o.s_lse; }
+INLINE float of_b(Three o, size v) {
+    return blended(of_s(o, v), o.t[v] * o.t_scale - o.t_lse, o.r[v] * o.r_scale - o.r_lse, o.share, o.low);
+}
+
+/* KL(S||B), and the log of B's mass. */
+void row_blend(const Side *s, const Side *t, const Side *r, const float *share, float low, size n, size V, float *out,
+               float *log_mass, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (size i = 0; i < n; i++) {
+        const Three o = three(s, t, r, share, low, i);
+        float high = -FLT_MAX;
+#pragma omp simd reduction(max : high)
+        for (size v = 0; v < V; v++) {
+            float b = of_b(o, v);
+            high = b > high ? b : high;
+        }
+        double mass = 0, gap = 0;
+        for (size first = 0; first < V; first += STRETCH) {
+            size end = first + STRETCH < V ? first + STRETCH : V;
+            float m = 0, g = 0;
+#pragma omp simd reduction(+ : m, g)
+            for (size v = first; v < end; v++) {
+                float x = of_s(o, v), b = of_b(o, v);
+                m += exponential(b - high), g += weighed(exponential(x), x - b);
+            }
+            mass += m, gap += g;
+        }
+        log_mass[i] = (float)(high + log(mass)), out[i] = (float)(gap + high + log(mass));
+    }
+}
+
+/* Its gradient in the logits of S; B is constant, and a row whose own gradient is 0 is not read. */
+void row_blend_gradient(const Side *s, const Side *t, const Side *r, const float *share, float low, const float *value,
+                        const float *log_mass, const float *grad, float *out, size n, size V, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (size i = 0; i < n; i++) {
+        const Three o = three(s, t, r, share, low, i);
+        float *to = out + i * V, by = grad[i] * o.s_scale, less = value[i] - log_mass[i];
+        if (grad[i] == 0.0f) memset(to, 0, V * sizeof(float));
+        else
+#pragma omp simd
+            for (size v = 0; v < V; v++) to[v] = by * weighed(exponential(of_s(o, v)), of_s(o, v) - of_b(o, v) - less);
     }
 }
 
