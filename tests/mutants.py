@@ -294,6 +294,27 @@ MUTANTS = [
         "test_kernels.py",
     ),
     Mutant(
+        "decoded_layer_without_the_norms_of_its_heads",
+        "kernels/cpu/decoding.c",
+        "rotate_turned(b->of[i] ? spare + B : from,",
+        "rotate_turned(from,",
+        "test_loops.py",
+    ),
+    Mutant(
+        "decoded_layer_without_its_first_residual",
+        "kernels/cpu/decoding.c",
+        "o.residual = a->x,",
+        "o.residual = NULL,",
+        "test_loops.py",
+    ),
+    Mutant(
+        "logits_of_a_last_panel_read_as_of_a_whole_one",
+        "kernels/cpu/head.c",
+        "size rows = n - first < MOST ? n - first : MOST, parts",
+        "size rows = n < MOST ? n : MOST, parts",
+        "test_loops.py",
+    ),
+    Mutant(
         "kernel_tail_with_the_top_in_it",
         "kernels/rows.py",
         'tl.where(named == 0, z, float("-inf"))',

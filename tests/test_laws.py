@@ -75,6 +75,10 @@ def swapped(divergence: str, logt: Any, logs: Any, weight: float = 0.5) -> Tenso
     return loss.kl(logt, logs) if divergence == "kl_student_teacher" else loss.kl(logs, logt)
 
 
+def with_shares_swapped(student: Any, teacher: Any, reference: Any, share: Tensor, floor: float) -> Tensor:
+    return loss.kl(student.log_probs, demopsd.path(teacher.log_probs, reference.log_probs, share[:, None]))
+
+
 @pytest.mark.parametrize(
     ("name", "place", "fault"),
     [
@@ -84,9 +88,9 @@ def swapped(divergence: str, logt: Any, logs: Any, weight: float = 0.5) -> Tenso
         ("copying", "selftaught.methods.sdpo.divergence", swapped),
         ("copying", "selftaught.methods.gkd.divergence", swapped),
         ("pooling", "selftaught.methods.sdpo.divergence", swapped),
-        ("target", "selftaught.loss.divergence.barycenter", lambda t, r, a: demopsd.path(t, r, a[:, None])),
+        ("target", "selftaught.methods.demopsd.kl_to_barycenter", with_shares_swapped),
         ("exploration", "selftaught.studies.laws.demopsd.barycenter", lambda t, r, a: demopsd.path(t, r, a[:, None])),
-        ("minority", "selftaught.methods.demopsd.js", lambda p, q: loss.kl(p, q)),
+        ("minority", "selftaught.methods.demopsd.js", lambda p, q, floor: loss.kl(p, q)),
         ("increments", "selftaught.methods.rlsd.evidence_weight", lambda d, a, eps: d.exp().clamp(1 - eps, 1 + eps)),
         ("routing", "selftaught.methods.dopd.kl", lambda p, q: loss.kl(q, p)),
         ("floors", "selftaught.methods.gkd.divergence", swapped),
