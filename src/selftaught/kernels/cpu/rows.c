@@ -219,6 +219,7 @@ void row_clipped(const Logits *p, const Logits *q, const float *p_lse, const flo
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (size i = 0; i < n; i++) {
         const float *a = p->z + i * p->stride, *b = q->z + i * q->stride;
+        const float p_scale = p->scale, q_scale = q->scale;
         float less_p = p_lse[i], less_q = q_lse[i];
         double sum = 0, kept = 0;
         for (size first = 0; first < V; first += STRETCH) {
@@ -226,9 +227,9 @@ void row_clipped(const Logits *p, const Logits *q, const float *p_lse, const flo
             float s = 0, k = 0;
 #pragma omp simd reduction(+ : s, k)
             for (size v = first; v < end; v++) {
-                float x = a[v] * p->scale - less_p, e = exponential(x);
-                float term = weighed(e, x - (b[v] * q->scale - less_q));
-                s += term > clip ? clip : term, k += term > clip ? 0.0f : e;
+                float x = a[v] * p_scale - less_p, e = exponential(x);
+                float term = weighed(e, x - (b[v] * q_scale - less_q)), whole = term > clip ? 0.0f : 1.0f;
+                s += term > clip ? clip : term, k += whole * e; /* not a sum of a choice: gcc 12 has no vectors for it */
             }
             sum += s, kept += k;
         }
