@@ -315,6 +315,20 @@ MUTANTS = [
         "test_loops.py",
     ),
     Mutant(
+        "barycenters_share_is_never_taught",
+        "loss/fused.py",
+        " or share_n.requires_grad:",
+        ":",
+        "test_kernels.py",
+    ),
+    Mutant(
+        "barycenters_sides_are_never_taught",
+        "loss/fused.py",
+        "if any(pair[1] not in (student, None) for pair in (to_p, to_q)):",
+        "if False:",
+        "test_kernels.py",
+    ),
+    Mutant(
         "kernel_tail_with_the_top_in_it",
         "kernels/rows.py",
         'tl.where(named == 0, z, float("-inf"))',

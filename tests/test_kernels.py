@@ -306,12 +306,40 @@ def test_a_student_without_a_distribution_is_at_no_distance_from_a_barycenter(wr
     assert student.grad is not None and not student.grad[0].isfinite().all() and student.grad[1:].isfinite().all()
 
 
-def test_a_barycenter_whose_sides_are_to_be_taught_is_left_to_autograd() -> None:
+@pytest.mark.parametrize("taught", range(4), ids=["student", "teacher", "reference", "share"])
+def test_whatever_of_a_barycenter_is_to_be_taught_gets_its_gradient(taught: int) -> None:
     s, t, tokens = pair(1.0)
-    teacher, share = t.float().requires_grad_(), torch.full((6,), 0.3, device=DEVICE).requires_grad_()
-    own, reference = TokenDist(s.float(), tokens), TokenDist(t.float().flip(-1), tokens)
-    kl_to_barycenter(own, TokenDist(teacher, tokens), reference, share).sum().backward()
-    assert teacher.grad is not None and (teacher.grad != 0).any() and share.grad is not None and (share.grad != 0).all()
+    given = [s, t, t.flip(-1), torch.tensor(SHARE, dtype=torch.float64, device=DEVICE) / 2 + 0.1]
+
+    def of(*given: Tensor) -> Tensor:
+        given = tuple(x.clone().requires_grad_(i == taught) for i, x in enumerate(given))
+        kl_to_barycenter(*(TokenDist(x, tokens) for x in given[:3]), given[3], 1e-3).sum().backward()
+        found = given[taught].grad
+        assert found is not None
+        return found
+
+    with kernels.off():
+        exact = of(*given)
+    assert (exact != 0).any()
+    torch.testing.assert_close(of(*(x.float() for x in given)).double(), exact, rtol=3e-4, atol=3e-6)
+
+
+def test_one_share_of_a_barycenter_is_that_of_every_token() -> None:
+    s, t, tokens = pair(3.0)
+    sides = [TokenDist(x.float(), tokens) for x in (s, t, t.flip(-1))]
+    one, many = (kl_to_barycenter(*sides, torch.full((n,), 0.3, device=DEVICE), 1e-8) for n in (1, 6))
+    assert one.equal(many)
+
+
+@pytest.mark.parametrize("floor", [1e-3, 1e-2])
+def test_js_of_raised_sides_has_its_gradient(floor: float) -> None:
+    p, q = (logits(2, 2.0, seed)[:, :40].cpu() for seed in (0, 1))
+
+    def raised(p: Tensor, q: Tensor) -> Tensor:
+        return js(p.log_softmax(-1), q.log_softmax(-1), 0.3, floor)
+
+    assert (p.log_softmax(-1).exp() < floor).any()
+    assert torch.autograd.gradcheck(raised, (p.requires_grad_(), q.requires_grad_()))
 
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -321,6 +321,17 @@ def test_decoded_hidden_states_with_and_without_loops(family: str, kind: str, mo
     assert called == of_layer[kind] | ({"attend"} if attends else set())
 
 
+def test_a_decoded_layer_under_somebody_elses_autocast() -> None:
+    """Attention by torch's operators, as heads of 8 are no whole vectors, in 16 bits."""
+    model = families.SUPPORTED["llama"](head_dim=8)
+    backbone = Backbone(model)
+    assert turned_layers(backbone) == 2
+    read = torch.randint(families.VOCABULARY, (6, 9), generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decoded(backbone, read)
+    torch.testing.assert_close(found.double(), reference(model, read), atol=0.2, rtol=0.1)
+
+
 # -------------------------------------------------------------------------------------------------- rows of logits
 
 

@@ -271,7 +271,7 @@ def _blend(s_ptr, s_stride, s_scale, s_lse_ptr, t_ptr, t_stride, t_scale, t_lse_
 def blend(s: Side, t: Side, r: Side, share_n: Tensor, low: float) -> tuple[Tensor, Tensor]:
     """KL(S||B), B proportional to T^(1 - share) R^share of log-probs raised to `low`, and the log of B's mass: (n,)."""
     value, log_mass = torch.empty_like(s.lse), torch.empty_like(s.lse)
-    _blend[(share_n.shape[0],)](*s.given, *t.given, *r.given, share_n.contiguous(), low, s.logits.shape[1], value,
+    _blend[(s.logits.shape[0],)](*s.given, *t.given, *r.given, share_n.contiguous(), low, s.logits.shape[1], value,
                                 log_mass, **_shape(BLOCK // 2))
     return value, log_mass
 
@@ -394,6 +394,6 @@ def blend_gradient(s: Side, t: Side, r: Side, share_n: Tensor, low: float, value
                    grad_n: Tensor) -> Tensor:
     """(n, V), in the logits of S, of what `blend` has found; B is constant."""
     out = torch.empty(s.logits.shape, dtype=s.logits.dtype, device=s.logits.device)
-    _blend_gradient[(share_n.shape[0],)](*s.given, *t.given, *r.given, share_n.contiguous(), low, s.logits.shape[1],
+    _blend_gradient[(s.logits.shape[0],)](*s.given, *t.given, *r.given, share_n.contiguous(), low, s.logits.shape[1],
                                          value, log_mass, grad_n.contiguous(), out, BLOCK=BLOCK // 2, num_warps=WARPS)
     return out

@@ -70,7 +70,7 @@ def js(p: Distribution, q: Distribution, weight: float = 0.5, floor: float = 0.0
         return found
     logp, logq = raised(floor, log_probs_of(p), log_probs_of(q))
     # What M adds to the gradient sums to 0 over the vocabulary, where P and Q are normalised: it may be constant.
-    logm = mixture((logp.detach(), logq.detach()), (weight, 1 - weight))
+    logm = mixture((logp, logq) if floor > 0 else (logp.detach(), logq.detach()), (weight, 1 - weight))
     return weight * kl(logp, logm) + (1 - weight) * kl(logq, logm)
 
 

@@ -73,7 +73,7 @@ def kl_to_barycenter(student: Distribution, p: Distribution, q: Distribution, sh
     if any(pair[1] not in (student, None) for pair in (to_p, to_q)):
         return None
     of = [Side(x.raw.detach(), x.scale, x.statistics.lse) for x in (student, p, q)]
-    rows, low, share_n = rows_of(student.raw), log(floor), share_n.to(student.raw.dtype)
+    rows, low, share_n = rows_of(student.raw), log(floor), share_n.to(student.raw.dtype).expand(of[0].lse.shape)
     value, log_mass = rows.blend(*of, share_n, low)
     return Known.apply(student.raw, value,
                        lambda grad: rows.blend_gradient(*of, share_n, low, value, log_mass, grad))

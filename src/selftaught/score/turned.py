@@ -178,7 +178,7 @@ class _Layer:
             return None
         query, key, value = by_loops.before(x_HB, norm, projections, of_heads, cos, sin)
         layer, scaling, window = self.attends
-        seen = segments.attend(layer, query, key, value, scaling, window).flatten(1).contiguous()
+        seen = segments.attend(layer, query, key, value, scaling, window).flatten(1).contiguous().to(x_HB.dtype)
         return by_loops.after(seen, x_HB, out, between, *mlp)
 
 
