@@ -1,6 +1,7 @@
 """A decoder layer of a decoding step in two calls, before and after its attention, by the loops of `cpu/decoding.c`.
 
-With a call for each of its parts, Python and torch took a third of a step, in which the other threads waited.
+With a call for each of its parts the layers of a 135M model took 31 to 35 ms for 16 rows, with two 28: threads wait
+for Python less often.
 Shapes: B rows, which are the last axis, H hidden, I inner width, D of one head.
 """
 
