@@ -93,6 +93,7 @@ RECIPES = {
                                   "teacher and privileged_student are the same live model that sees the same"),
     "unknown verifier": ("reward=numerc", "'numerc' is neither a verifier (did you mean 'numeric'?)"),
     "override without a value": ("optim.steps", "'optim.steps': write it as key=value"),
+    "override with a key twice": ("optim={steps: 3, steps: 4}", "not valid YAML: the key 'steps' stands twice"),
     "override of no YAML": ("optim.steps=[", "'optim.steps=[': the value is not valid YAML"),
     "override below a number": ("seed.x=3", "seed is 0, which has no fields"),
     "k above samples": ("eval.k=[1,9]", "asks for pass@9, but eval.samples = 2: raise eval.samples to 9"),
@@ -180,6 +181,10 @@ def test_a_method_says_which_privilege_it_cannot_do_without(home: Path, needs: s
         ("model: m\ndata: d.jsonl\nmethod: grpo\n", "needs a reward, but the recipe has none; add `reward: NAME"),
         ("model: m\ndata: d.jsonl\nmethod: opsd\nprivilege: answer\n", "add `reward: NAME` or set data.heldout=0"),
         (b"\xff\xfe\x00", "not valid YAML"),
+        ("model: m\noptim:\n  steps: 3\nmethod: grpo\noptim:\n  minibatches: 2\n",
+         "the key 'optim' stands twice, first in line 2, and only the last would count; join them, or remove one"),
+        ("model: &m [*m]\n", "not valid YAML"),
+        ("model: m\noptim: {steps: 3, seed: 1, steps: 4}\n", "the key 'steps' stands twice, first in line 2"),
     ],
 )  # fmt: skip
 def test_a_broken_recipe_file_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
@@ -213,6 +218,29 @@ def test_data_that_cannot_be_read_is_refused(home: Path, tmp_path: Path, case: s
     path = write_recipe(home, "data.yaml", out=str(tmp_path / "out"))
     said = refused("train", path, f"data.source={source}", f"data.{columns.replace(': ', '=', 1)}")
     assert all(message in said for message in messages) and str(source) in said
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("/nowhere/mine.jsonl", "no file '/nowhere/mine.jsonl'"),
+    ("gpqa:mine.jsonl", "no file 'mine.jsonl'"),
+    ("gpqa:?domain=Physics", "says what the rows look like, but not where they are"),
+    ("gym:chain_summ", "reasoning-gym has no task 'chain_summ'"),
+    ("gym:chain_sum?max_term=3", "task 'chain_sum' has no parameter 'max_term'"),
+    ("graphs:trian", "did you mean 'train'?"),
+    ("graphs:train?sector=3", "did you mean 'sectors'?"),
+])
+def test_a_source_that_cannot_be_is_refused_before_the_model_is_looked_at(
+    home: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    def look(name: str) -> None:
+        raise AssertionError("the model was looked at, which may take half a minute")
+
+    monkeypatch.setattr(assemble, "check_model", look)
+    path = write_recipe(home, "data.yaml", out=str(home / "runs" / "nosource"))
+    assert message in refused("train", path, f"data.source={source}")
+    assert not (home / "runs" / "nosource").exists()
+    mixture = f"[{{source: '{home / 'mine.jsonl'}'}}, {{source: '{source}'}}]"
+    assert message in refused("train", path, f"data.source={mixture}")
 
 
 @pytest.mark.usefixtures("no_model")
@@ -347,6 +375,9 @@ def test_a_folder_that_is_taken_is_refused_and_left_alone(
     assert "already holds a run; add --resume" in said
     said = refused("train", path, "--resume", "rollout.temperature=0.5")
     assert "rollout.temperature = 0.5" in said and "begun with 1.0" in said
+    assert "already holds a run; add --resume" in refused("train", folder)
+    assert "rollout.temperature = 0.5" in refused("train", folder, "--resume", "rollout.temperature=0.5")
+    assert f"recipe {str(home)!r}: a folder that holds no run.yaml" in refused("train", home)
     assert stamps(folder) == before
     (tmp_path / "thesis.tex").write_text("years")
     assert "holds files that are no run's (thesis.tex)" in refused("train", path, f"out={tmp_path}")
@@ -372,11 +403,11 @@ def test_a_tracker_that_is_not_installed_is_refused_and_spoils_no_folder(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(trackers.MODULES, "trackio", "no_such_package")
-    path = write_recipe(home, "tracked.yaml", out=str(tmp_path / "out"))
+    path = write_recipe(home, "tracked.yaml", out=str(tmp_path / "deep" / "out"))
     for more in ((), ("--dry-run",)):
         said = refused("train", path, "report.to=[trackio]", *more)
         assert "report.to: trackio is not installed; pip install" in said
-    assert not (tmp_path / "out" / "run.yaml").exists()
+    assert not (tmp_path / "deep").exists()
 
 
 def test_what_nobody_has_put_into_words_is_still_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

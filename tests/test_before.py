@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 import selftaught
@@ -72,6 +74,16 @@ def test_another_start_is_sampled_anew(home: Path, first: Finished, changed: dic
     plain = trained(home, f"alone-{name}", **changed)
     assert rows(run) == rows(plain)
     assert asked[0] == len({row["problem"] for row in rows(plain)})
+
+
+def test_a_start_that_was_sampled_in_another_precision_is_sampled_anew(home: Path, first: Finished, tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Path(shutil.copytree(first.folder, tmp_path / "copy"))
+    recipe = yaml.safe_load((copy / "run.yaml").read_text())
+    recipe["rollout"]["vllm"] = {"dtype": "bfloat16"}
+    (copy / "run.yaml").write_text(yaml.safe_dump(recipe))
+    run, asked = taking_over(home, replace(first, folder=copy), "sampler", monkeypatch)
+    assert asked[0] == len({row["problem"] for row in rows(run)})
 
 
 def test_a_folder_that_holds_no_evaluation_is_refused_before_a_model_loads(home: Path, tmp_path: Path) -> None:

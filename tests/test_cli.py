@@ -243,6 +243,15 @@ def test_a_dry_run_is_a_recipe_again_and_writes_nothing(home: Path) -> None:
     assert cli("train", again, "--dry-run").out == said.out
 
 
+def test_a_dry_run_and_the_doctor_say_that_a_folder_is_taken(home: Path, runs: dict[str, tuple[Path, Said]]) -> None:
+    folder, _ = runs["grpo"]
+    told = f"out: {folder} already holds a run; add --resume"
+    assert f"# {told}" in (said := cli("train", folder, "--dry-run")).out and said.code == 0
+    assert told not in cli("train", folder, "--dry-run", "--resume").out
+    assert f"CHANGE  {told}" in (said := cli("doctor", folder)).out and said.code == 1
+    assert yaml.safe_load(cli("train", folder, "--dry-run").out)["out"] == str(folder)
+
+
 @pytest.mark.parametrize("reward", ["numeric", {"name": "numeric"}, ["numeric"], [{"name": "numeric"}]], ids=repr)
 def test_the_rewards_own_settings_are_overridden_in_each_of_its_forms(home: Path, reward: object) -> None:
     recipe = load_run({**recipe_of(home), "reward": reward}, ["reward.shuffle=true", "reward.timeout=3"])

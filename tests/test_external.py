@@ -22,8 +22,9 @@ from selftaught.errors import UserError
 from selftaught.forecast import forecast
 from selftaught.loss import chunked_loss
 from selftaught.methods import batch_credit, build, objective
+from selftaught.recipe import recipe_names
 from selftaught.records import Batch, Privilege, Problem, Prompt, Rollout, Sampling, Verdict, View
-from selftaught.run import load_run, recipe_names
+from selftaught.run import load_run
 from selftaught.score import Backbone, Scorer
 from selftaught.score.external import digest, id_bytes, shared_rows
 from selftaught.session import Session

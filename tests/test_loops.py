@@ -446,10 +446,10 @@ def asked(cache: Path, before: str = "pass", x: str = "torch.ones(1)", **environ
 
 def test_they_are_compiled_once_and_read_again_without_a_compiler_s_help(tmp_path: Path) -> None:
     assert asked(tmp_path) == "True"
-    (made,) = (tmp_path / "loops").iterdir()
-    before = made.stat().st_mtime_ns
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "loops").iterdir()}
+    assert sorted(path.suffix for path in made) == [".sha256", ".so"]
     assert asked(tmp_path) == "True"
-    assert made.stat().st_mtime_ns == before and list((tmp_path / "loops").iterdir()) == [made]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "loops").iterdir()} == made
 
 
 @pytest.mark.parametrize("environment", [
@@ -465,7 +465,7 @@ def test_each_kind_of_processor_has_its_own(tmp_path: Path, monkeypatch: pytest.
     first = next(compiled.libraries())._name
     monkeypatch.setattr(compiled, "_processor", lambda: "another")
     assert first != next(compiled.libraries())._name
-    assert len(list((tmp_path / "loops").iterdir())) == 2
+    assert len(list((tmp_path / "loops").glob("*.so"))) == 2
 
 
 def test_where_the_cache_cannot_be_written_they_are_this_process_s_own(tmp_path: Path) -> None:
@@ -474,13 +474,17 @@ def test_where_the_cache_cannot_be_written_they_are_this_process_s_own(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [0.0, 0.5, 1.0], ids=["nothing", "half", "all but its checksum"])
+def test_a_damaged_file_is_made_anew(tmp_path: Path, left: float) -> None:
     assert asked(tmp_path) == "True"
-    (made,) = (tmp_path / "loops").iterdir()
-    whole = made.stat().st_size
-    made.write_bytes(b"")
+    (made,) = (tmp_path / "loops").glob("*.so")
+    kept = sorted((tmp_path / "loops").iterdir())
+    whole = made.read_bytes()
+    if left == 1.0:
+        made.with_suffix(".sha256").unlink()
+    os.truncate(made, int(left * len(whole)))  # half of it can be loaded, and ends the process as soon as it is used
     assert asked(tmp_path) == "True"
-    assert list((tmp_path / "loops").iterdir()) == [made] and made.stat().st_size == whole
+    assert sorted((tmp_path / "loops").iterdir()) == kept and made.read_bytes() == whole
 
 
 def test_a_compiler_that_hangs_is_ended_once_with_all_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 import families
 import selftaught
 from own import cli, lines
-from selftaught.run import RECIPES, Run, load_run, recipe_names
+from selftaught.recipe import RECIPES, recipe_names
+from selftaught.run import Run, load_run
 from tiny import save_tiny, tiny_tokenizer
 
 PAPERS = [name for name in recipe_names() if name.startswith("papers/")]

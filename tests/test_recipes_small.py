@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from selftaught.methods import build
-from selftaught.run import load_run, recipe_names
+from selftaught.recipe import recipe_names
+from selftaught.run import load_run
 
 SAME = ("model", "data", "rollout", "reward", "optim", "checkpoint", "eval", "report", "seed")
 CHANGED: dict[str, tuple[str, dict[str, Any]]] = {  # privilege, and what is not as published

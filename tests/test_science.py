@@ -12,7 +12,8 @@ import yaml
 from own import cli, lines
 from science_rows import gpqa_row, sciknoweval_row, write_csv, write_jsonl
 from selftaught.errors import UserError
-from selftaught.run import RECIPES, load_run
+from selftaught.recipe import RECIPES
+from selftaught.run import load_run
 from selftaught.studies import science as study
 from test_recipes import Made, save_model, unsourced
 

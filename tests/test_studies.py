@@ -16,7 +16,8 @@ import yaml
 
 from selftaught.errors import UserError
 from selftaught.methods import names
-from selftaught.run import load_run, recipe_names
+from selftaught.recipe import recipe_names
+from selftaught.run import load_run
 from selftaught.studies import methods as study
 from selftaught.studies import process
 from tiny import save_tiny

@@ -15,7 +15,7 @@ from selftaught.records import Problem, Sampling
 from selftaught.run import Run
 
 # Of the two recipes; what else matters is compared row by row.
-SAME = ("reward", "teacher", "optim.dtype", "rollout.engine")
+SAME = ("reward", "teacher", "optim.dtype", "rollout.engine", "rollout.vllm.dtype")
 
 
 def check_before(run: Run) -> None:

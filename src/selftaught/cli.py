@@ -46,7 +46,7 @@ def train(recipe: Recipe, overrides: Overrides = None,
 
     run = load_run(recipe, overrides or [])
     if dry_run:
-        _dry_run(run)
+        _dry_run(run, resume)
         return
     from selftaught.train import train as start
 
@@ -289,7 +289,7 @@ def study(
                      seeds=_ladder(seeds, "--seeds") if seeds else None, overrides=overrides))
 
 
-def _dry_run(run: Any) -> None:
+def _dry_run(run: Any, resume: bool) -> None:
     """The resolved run as YAML, which is a recipe again, with the forecast as comments; starts nothing.
 
     What is on the Hub is not looked at while the Hub is out of reach; the comments say so.
@@ -298,8 +298,13 @@ def _dry_run(run: Any) -> None:
 
     from selftaught.assemble import lay_ground
     from selftaught.forecast import forecast
+    from selftaught.report import refuse_taken
 
     notes: list[str] = []
+    try:
+        refuse_taken(Path(run.out), resume=resume)
+    except UserError as error:  # the recipe may be wanted all the same
+        notes.append(str(error))
     try:
         ground = lay_ground(run, notes.append)
         if ground.rewarder is not None:

@@ -6,16 +6,18 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from selftaught import privilege
 from selftaught.assemble import Ground, Parts, assemble, device_of, make_batch, requests, sample_and_verify
+from selftaught.errors import UserError
 from selftaught.forecast import GB, available_memory, forecast
 from selftaught.loss import chunked_loss
 from selftaught.methods import batch_credit
 from selftaught.records import Rollout, Verdict, View
-from selftaught.report import duration, versions
+from selftaught.report import duration, refuse_taken, versions
 from selftaught.rollout.vllm_engine import VllmEngine
 from selftaught.score import Scorer
 
@@ -34,7 +36,7 @@ class Line:
 
 def examine(ground: Ground, say: Callable[[str], None]) -> list[Line]:
     """Everything that can be known before the first step; loads the model and samples one small batch."""
-    lines = [*environment(ground), *lengths(ground), *rewards(ground)]
+    lines = [*environment(ground), *folder(ground), *lengths(ground), *rewards(ground)]
     say(seam(ground))
     parts = assemble(ground)
     with closing(parts.engine):
@@ -60,6 +62,15 @@ def environment(ground: Ground) -> list[Line]:
         *(Line(True, text) for text in told.lines()[:2]),
         Line(fits, told.lines()[2] + have + remedy),
     ]
+
+
+def folder(ground: Ground) -> list[Line]:
+    """Whether a run may begin where it is to live; nothing to say where it may."""
+    try:
+        refuse_taken(Path(ground.run.out), resume=False)
+    except UserError as error:
+        return [Line(False, str(error))]
+    return []
 
 
 def lengths(ground: Ground) -> list[Line]:

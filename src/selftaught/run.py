@@ -6,11 +6,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from selftaught.data import DataConfig
@@ -20,16 +18,14 @@ from selftaught.loss import LossConfig
 from selftaught.methods import Method, build
 from selftaught.optim import CheckpointConfig, OptimConfig, check_views
 from selftaught.privilege import PrivilegeConfig, pieces
+from selftaught.recipe import SHORT, override, read
 from selftaught.records import Section, privileged_views
 from selftaught.report import ReportConfig
 from selftaught.reward import RewardConfig
 from selftaught.rollout import RolloutConfig
 from selftaught.score import ScoreConfig, TeacherConfig
 
-# `method: grpo` is short for {name: grpo}.
-SHORT = {"data": "source", "method": "name", "privilege": "kind", "teacher": "model"}
 _MADE = ("demonstration", "feedback", "parts")  # privileges that may come from rollouts
-RECIPES = files("selftaught") / "recipes"
 
 
 class MethodConfig(BaseModel):
@@ -222,23 +218,17 @@ def _check_external(method: Method, teacher: TeacherConfig | None) -> None:
                         f"nobody would read it; remove `teacher`, or choose opd, gkd or dopd{remedy}")
 
 
-def recipe_names() -> list[str]:
-    """The recipes that ship, by the name to call them with."""
-    root = Path(str(RECIPES))
-    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
-
-
 def load_run(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = (),
              sections: Mapping[str, Any] | None = None) -> Run:
-    """The run of a shipped recipe's name, a YAML path or a mapping, with whole `sections` in the place of the
-    recipe's, and then `a.b=c` overrides.
+    """The run of a shipped recipe's name, a YAML path, a run's folder or a mapping, with whole `sections` in the place
+    of the recipe's, and then `a.b=c` overrides.
 
     Raises:
         UserError: no such recipe, broken YAML, an unknown key (the nearest is named), a wrong type or value.
     """
-    tree = (dict(recipe) if isinstance(recipe, Mapping) else _read(str(recipe))) | dict(sections or {})
-    for override in overrides:
-        _override(tree, override)
+    tree = (dict(recipe) if isinstance(recipe, Mapping) else read(str(recipe))) | dict(sections or {})
+    for each in overrides:
+        override(tree, each)
     return make_run(tree)
 
 
@@ -262,47 +252,6 @@ def _told(error: ValidationError, *parents: str) -> UserError:
     """pydantic's error in our words; `parents`: where in a recipe its locations begin."""
     faults = [{**fault, "loc": (*parents, *fault["loc"])} for fault in error.errors()]
     return UserError("\n".join(dict.fromkeys(_fault(fault) for fault in _telling(faults))))
-
-
-def _read(recipe: str) -> dict[str, Any]:
-    path = Path(recipe)
-    if not path.is_file() and recipe in recipe_names():
-        path = Path(str(RECIPES)) / f"{recipe}.yaml"
-    if not path.is_file():
-        raise UserError(f"recipe {recipe!r}: neither a file nor a shipped recipe; {nearest(recipe, recipe_names())}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"recipe {path}: must be a mapping of keys such as model, data, method; it is empty or a list")
-    return tree
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UserError(f"override {override!r}: write it as key=value, for example optim.steps=10")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    *parents, last = path.split(".")
-    node = tree
-    for key in parents:
-        inner = node.get(key)
-        if isinstance(inner, str) and key in SHORT:
-            inner = {SHORT[key]: inner}
-        elif isinstance(inner, str | list) and key == "reward":
-            parts = inner if isinstance(inner, list) else [inner]
-            inner = {"parts": [{"name": part} if isinstance(part, str) else part for part in parts]}
-        if inner is None:
-            inner = {}
-        if not isinstance(inner, dict):
-            raise UserError(f"override {override!r}: {key} is {inner!r}, which has no fields; override it whole")
-        node[key] = dict(inner)
-        node = node[key]
-    node[last] = value
 
 
 def _telling(faults: Sequence[Any]) -> Iterator[Any]:

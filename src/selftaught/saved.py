@@ -15,9 +15,10 @@ from selftaught import data, reward
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, evaluations, read_rows, select, summarise, too_few
 from selftaught.eval.rows import KEYS, count_of, some_of
+from selftaught.recipe import recipe_names
 from selftaught.records import Finish, Problem, Prompt, Rollout, Sampling, Say, Verdict
 from selftaught.reward import RewardConfig, Rewarder
-from selftaught.run import Run, load_run, make_reward, recipe_names
+from selftaught.run import Run, load_run, make_reward
 
 Row = Mapping[str, Any]
 NOT_SAVED = -1  # stands for each token of a saved response: how many there were is known, and not which

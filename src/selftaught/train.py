@@ -64,6 +64,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Run | None = None, *, resume:
     with ExitStack() as stack:
         progress = Progress(run.optim.steps, console)
         place = Place.take(run, resume, progress)
+        stack.callback(place.folder.leave)
         if place.start is None:
             check_before(run)
         ground = lay_ground(run, progress.say, functions)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from selftaught.errors import Unreachable, UserError, nearest
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 CELL_LIMIT = 2**31 - 1  # the csv module stops at 131,072 characters by default, fewer than a long document
 
@@ -26,35 +25,45 @@ class Row(NamedTuple):
 
 def read(source: str, split: str, split_given: bool) -> list[Row]:
     """All rows of `source`. Raises UserError for whatever cannot be read, and for a source without rows."""
+    path = find(source)
+    if path is None:
+        rows = _hub(source, split)
+    elif path.is_dir():
+        rows = _saved(path, split)
+    elif split_given:
+        raise UserError(f"data.split: {split!r} was given, but {source} is a file and has no splits; leave it out")
+    else:
+        rows = _file(path)
+    if not rows:
+        raise UserError(f"data.source: {source} has no rows; give a source with at least one problem")
+    return rows
+
+
+def find(source: str) -> Path | None:
+    """The file or folder that `source` names; None: it is a name on the Hub.
+
+    Raises UserError where it can be neither, and for a file of a kind that is not known.
+    """
     try:
         path = Path(source).expanduser()
         path.is_dir()
     except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be read, no such user
         raise UserError(f"data.source: {source!r} cannot be looked at ({error}); check the path") from error
     if path.is_dir():
-        rows = _saved(path, split)
-    elif path.exists():
-        if split_given:
-            raise UserError(f"data.split: {split!r} was given, but {source} is a file and has no splits; leave it out")
-        rows = _file(path)
-    elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(source):
-        raise UserError(f"data.source: no file {source!r} (looked in {Path.cwd()}); check the path")
-    else:
-        rows = _hub(source, split)
-    if not rows:
-        raise UserError(f"data.source: {source} has no rows; give a source with at least one problem")
-    return rows
+        return path
+    if not path.exists():
+        if path.suffix in READERS or source.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(source):
+            raise UserError(f"data.source: no file {source!r} (looked in {Path.cwd()}); check the path")
+        return None
+    if path.suffix not in READERS:
+        raise UserError(f"data.source: {path} has the extension {path.suffix!r}; known: {', '.join(READERS)}. "
+                        "Convert it, or rename it if it is one of these")
+    return path
 
 
 def _file(path: Path) -> list[Row]:
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
-    if path.suffix not in readers:
-        raise UserError(
-            f"data.source: {path} has the extension {path.suffix!r}; known: {', '.join(SUFFIXES)}. "
-            "Convert it, or rename it if it is one of these"
-        )
     try:
-        return readers[path.suffix](path)
+        return READERS[path.suffix](path)
     except OSError as error:
         raise UserError(f"data.source: {path} cannot be read ({error.strerror or error}); check it") from error
 
@@ -136,6 +145,9 @@ def _parquet(path: Path) -> list[Row]:
         raise UserError(f"data.source: {path} is not a readable Parquet file ({error})") from error
 
 
+READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}  # by a file's extension
+
+
 def _saved(path: Path, split: str) -> list[Row]:
     import datasets
 
@@ -144,7 +156,7 @@ def _saved(path: Path, split: str) -> list[Row]:
     except Exception as error:  # the library raises many kinds for a folder that it did not write
         raise UserError(
             f"data.source: {path} is a folder, but not one written by `Dataset.save_to_disk` ({error}); "
-            f"name a file in it ({', '.join(SUFFIXES)})"
+            f"name a file in it ({', '.join(READERS)})"
         ) from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:

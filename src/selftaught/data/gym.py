@@ -32,7 +32,7 @@ def generate(source: str, need: int, *, seed: int, taken: Container[str], say: C
 
     Raises UserError for an unknown task or parameter, and for a task with too few distinct problems.
     """
-    name, own, params = _parse(source)
+    name, own, params = parse(source)
     # Entry i depends on (its seed + i) alone: neighbouring seeds would share nearly all problems, so ours is hashed.
     base = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big") >> 1
     limit = DRAWS_PER_PROBLEM * need + STALE_DRAWS
@@ -55,8 +55,8 @@ def generate(source: str, need: int, *, seed: int, taken: Container[str], say: C
     return list(found.values())
 
 
-def _parse(source: str) -> tuple[str, dict[str, bool], dict[str, Any]]:
-    """The task, our own switches, and reasoning-gym's parameters with the types that it expects."""
+def parse(source: str) -> tuple[str, dict[str, bool], dict[str, Any]]:
+    """The task, our own switches, and reasoning-gym's parameters with the types that it expects. Raises UserError."""
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:

@@ -117,7 +117,7 @@ def load(source: str, split: str, given: bool, *, seed: int, say: Callable[[str]
     it was `given`, else the only one that the Hub has. Raises UserError for an unknown key, a column that is missing, a
     value that no row has, and where no row is left.
     """
-    form, name, place, shuffle, chosen = _parse(source)
+    form, name, place, shuffle, chosen = parse(source)
     there = Path(place).expanduser().exists()
     rows = read(place, split if given or there else form.split, given)
     _check_columns(source, form, rows, chosen)
@@ -146,7 +146,7 @@ def load(source: str, split: str, given: bool, *, seed: int, say: Callable[[str]
     return problems
 
 
-def _parse(source: str) -> tuple[Format, str, str, bool, dict[str, tuple[str, ...]]]:
+def parse(source: str) -> tuple[Format, str, str, bool, dict[str, tuple[str, ...]]]:
     """The format, its name, where its rows are, whether options are shuffled, and the values asked for by key."""
     name, _, rest = source.partition(":")
     form = FORMATS[name]

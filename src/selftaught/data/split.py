@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from selftaught.data import graphs, gym, science
 from selftaught.data.columns import to_problems
 from selftaught.data.config import DataConfig, Part
-from selftaught.data.files import read
+from selftaught.data.files import find, read
 from selftaught.errors import UserError
 from selftaught.records import Problem, Say
 
@@ -24,6 +25,20 @@ class Dataset:
     shots: tuple[Problem, ...]
     columns: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def look(config: DataConfig) -> None:
+    """Raise UserError for what no source can be: a task or a key that nobody knows, a file that is not there.
+
+    It costs nothing: no row is read, and the Hub is not asked.
+    """
+    for source in (part.source for part in config.parts()):
+        if generator := _generator(source):
+            generator.parse(source)
+        elif science.is_science(source):
+            find(science.parse(source)[2])
+        else:
+            find(source)
 
 
 def load(config: DataConfig, *, seed: int, say: Say) -> Dataset:
@@ -61,20 +76,19 @@ def load(config: DataConfig, *, seed: int, say: Say) -> Dataset:
     return _cut(pools, shots, heldout, wanted, columns, note, notes, seed)
 
 
-def _generator(source: str) -> Callable[..., list[Problem]] | None:
-    """What draws the problems of `source`; None where they are read."""
-    prefixes = {gym.PREFIX: gym.generate, graphs.PREFIX: graphs.generate}
-    return next((generate for prefix, generate in prefixes.items() if source.startswith(prefix)), None)
+def _generator(source: str) -> Any:
+    """The module that draws the problems of `source`; None where they are read."""
+    return next((module for module in (gym, graphs) if source.startswith(module.PREFIX)), None)
 
 
 def _pool(
     config: DataConfig, part: Part, need: int, seed: int, taken: set[str], columns: dict[str, str], note: Say
 ) -> list[Problem]:
     """The distinct problems of one part that no earlier part holds."""
-    if generate := _generator(part.source):
+    if generator := _generator(part.source):
         if config.columns or part.columns:
             raise UserError(f"data.columns: {part.source} has no columns to choose from; leave `columns` out")
-        return generate(part.source, need, seed=seed, taken=taken, say=note) if need else []
+        return generator.generate(part.source, need, seed=seed, taken=taken, say=note) if need else []
     given = config.split != DataConfig.model_fields["split"].default
     if science.is_science(part.source):
         if config.columns or part.columns:

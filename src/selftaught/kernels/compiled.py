@@ -51,12 +51,7 @@ def libraries() -> Iterator[ctypes.CDLL]:
 
 def _loaded(command: Sequence[str], compiled: Sequence[str], linked: Sequence[str]) -> ctypes.CDLL:
     """Raises OSError or SubprocessError where that fails."""
-    path = _built(command, compiled, linked)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # a file that was damaged in the cache
-        path.unlink(missing_ok=True)
-        return ctypes.CDLL(str(_built(command, compiled, linked)))
+    return ctypes.CDLL(str(_built(command, compiled, linked)))
 
 
 def _compilers() -> list[list[str]]:
@@ -71,15 +66,34 @@ def _built(command: Sequence[str], compiled: Sequence[str], linked: Sequence[str
     told = [*command, _run([*command, "--version"]), *FLAGS, *compiled, *linked, _processor(), *sources]
     name = f"loops-{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
     folder = _folder()
-    if not (folder / name).exists():
+    if not _is_whole(folder / name):
         with tempfile.TemporaryDirectory(dir=folder) as work:
             objects = [f"{source.stem}.o" for source in SOURCES]
             steps = [[*command, *FLAGS, *compiled, "-c", *map(str, SOURCES)],
                      [*command, *linked, "-shared", *objects, "-o", name, "-lm"]]
             for step in steps:
                 _run(step, work)
+            (Path(work) / "sum").write_text(_sum(Path(work) / name), encoding="utf-8")
             os.replace(Path(work) / name, folder / name)  # whole or not at all, whoever else compiles it
+            os.replace(Path(work) / "sum", _sum_of(folder / name))
     return folder / name
+
+
+def _is_whole(library: Path) -> bool:
+    """Is it there as it was compiled? To load one that was cut short ends the process."""
+    try:
+        return _sum_of(library).read_text(encoding="utf-8") == _sum(library)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _sum(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _sum_of(library: Path) -> Path:
+    """Where its checksum is kept."""
+    return library.with_suffix(".sha256")
 
 
 def _run(command: Sequence[str], folder: str | None = None) -> str:

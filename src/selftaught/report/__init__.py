@@ -2,7 +2,7 @@
 
 from selftaught.report.card import model_card
 from selftaught.report.curves import write_curves
-from selftaught.report.folder import RunFolder, refuse_other
+from selftaught.report.folder import RunFolder, refuse_other, refuse_taken
 from selftaught.report.health import Health
 from selftaught.report.html import write_report
 from selftaught.report.progress import Progress, duration
@@ -20,6 +20,7 @@ __all__ = [
     "duration",
     "model_card",
     "refuse_other",
+    "refuse_taken",
     "result_sentence",
     "result_table",
     "versions",

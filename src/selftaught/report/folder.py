@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,21 @@ from selftaught.errors import UserError
 MARKS = ("run.yaml", "eval.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints", "final")  # any: a run lives here
 OURS = (*MARKS, "versions.json", "rollouts", "results.json", "report.html", "curves.png", "tensorboard")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def refuse_taken(path: Path, *, resume: bool) -> None:
+    """Raise UserError where no run may live: there is a file, files that are no run's, or, to begin one, a run."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"out: {path} is a file; choose a folder")
+    if not path.is_dir():
+        return
+    held = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    if any(name in MARKS for name in held):
+        if not resume:
+            raise UserError(f"out: {path} already holds a run; add --resume to go on with it, choose another out, or "
+                            "delete the folder")
+    elif foreign := [name for name in held if name not in OURS]:
+        raise UserError(f"out: {path} holds files that are no run's ({foreign[0]}); choose an empty folder")
 
 
 class RunFolder:
@@ -37,8 +52,10 @@ class RunFolder:
         self.path = Path(path)
         self.lost = 0  # writes that failed for want of room
         self._warn = warn
+        self._made: list[Path] = []
         try:
-            self._refuse_foreign(resume)
+            refuse_taken(self.path, resume=resume)
+            self._made = [each for each in (self.path, *self.path.parents) if not each.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".write-test"
             probe.write_text("ok")
@@ -51,20 +68,11 @@ class RunFolder:
                 f"out: {self.path} cannot be written ({reason}); free some space or choose another folder"
             ) from error
 
-    def _refuse_foreign(self, resume: bool) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"out: {self.path} is a file; choose a folder")
-        if not self.path.is_dir():
-            return
-        held = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
-        if any(name in MARKS for name in held):
-            if not resume:
-                raise UserError(
-                    f"out: {self.path} already holds a run; add --resume to go on with it, "
-                    "choose another out, or delete the folder"
-                )
-        elif foreign := [name for name in held if name not in OURS]:
-            raise UserError(f"out: {self.path} holds files that are no run's ({foreign[0]}); choose an empty folder")
+    def leave(self) -> None:
+        """Remove the folders that were made for this run, where nothing was put into them."""
+        with suppress(OSError):
+            for each in self._made:
+                each.rmdir()
 
     @property
     def metrics(self) -> Path:

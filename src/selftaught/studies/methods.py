@@ -24,8 +24,9 @@ from typing import Any
 from selftaught.errors import UserError, nearest
 from selftaught.eval import compare, read_rows, select
 from selftaught.methods import names
+from selftaught.recipe import recipe_names
 from selftaught.records import Say
-from selftaught.run import load_run, recipe_names
+from selftaught.run import load_run
 from selftaught.studies.process import train, workers
 
 CONTROLLED = ("rlsd", "sdpg", "demopsd", "sdpo", "opsd")
