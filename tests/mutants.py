@@ -874,6 +874,55 @@ MUTANTS = [
         "silu(module.gate_proj(x)) * module.up_proj(x)",
         "test_lora.py",
     ),
+    Mutant(
+        "prompts_left_on_the_cpu",
+        "score/views.py",
+        "[batch.responses[i] for i in there], str(backbone.device))",
+        "[batch.responses[i] for i in there], \"cpu\")",
+        "test_device.py",
+    ),
+    Mutant(
+        "random_numbers_left_on_the_cpu",
+        "rollout/transformers_engine.py",
+        "dtype=torch.float64, device=logits.device)",
+        "dtype=torch.float64)",
+        "test_device.py",
+    ),
+    Mutant(
+        "moments_left_on_the_cpu",
+        "optim/optimizer.py",
+        '.to(parameter.device, copy=True)',
+        '.to("cpu", copy=True)',
+        "test_device.py",
+    ),
+    Mutant(
+        "run_folder_is_no_recipe",
+        "recipe.py",
+        'path / "run.yaml", {"out": recipe}',
+        'path / "run.yaml", {}',
+        "test_cli.py test_resume.py",
+    ),
+    Mutant(
+        "key_twice",
+        "recipe.py",
+        "if first.setdefault((key.tag, key.value), key) is not key:",
+        "if first.setdefault((key.tag, key.value), key) is None:",
+        "test_bad_input.py",
+    ),
+    Mutant(
+        "cut_library_loaded",
+        "kernels/compiled.py",
+        "if not _is_whole(folder / name):",
+        "if not (folder / name).exists():",
+        "test_loops.py",
+    ),
+    Mutant(
+        "empty_folder_left",
+        "train.py",
+        "        stack.callback(place.folder.leave)\n",
+        "",
+        "test_bad_input.py",
+    ),
 ]
 
 
