@@ -863,7 +863,7 @@ MUTANTS = [
     Mutant(
         "loops_of_another_processor",
         "kernels/compiled.py",
-        "*linked, _processor(), *sources]",
+        "*linked, kind(), *sources]",
         "*linked, *sources]",
         "test_loops.py",
     ),

@@ -1,8 +1,8 @@
 """A GPU that is none: tensors that say they lie on `cuda:0`, are computed by the CPU, and refuse to meet the CPU's own.
 
-What a real one would refuse is refused here: an operation on tensors of both, numpy, a Python list's worth of memory
-that lies elsewhere. So a whole run on it shows a tensor that was left behind, and its numbers show a branch for GPUs
-that computes something else. It shows nothing of speed, memory, streams, or kernels.
+So a whole run on it shows a tensor or a generator that was left behind, and its numbers show a branch for GPUs that
+computes something else. It shows nothing of speed, memory, streams, a GPU's own random numbers, or types and shapes
+that its kernels lack; what torch tells itself in a backward pass about the CPU is taken to mean the GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
-_TORCHS_GENERATOR = torch.Generator
+
+
+class Generator(torch.Generator):
+    """The CPU's, which says where it was asked to be."""
+
+    def __new__(cls, device: Any = CPU) -> Generator:
+        made = super().__new__(cls, CPU)
+        made.place = torch.device(device).type  # type: ignore[attr-defined]
+        return made
 
 
 def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -107,7 +115,7 @@ def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _refuse_mixed(func: Any, args: Sequence[Any], given: Sequence[Tensor]) -> None:
-    """RuntimeError for tensors of both devices, as a GPU raises; one number may lie anywhere."""
+    """RuntimeError for tensors of both devices; one number that goes into a pointwise operation may lie anywhere."""
     if str(func).startswith(ACROSS):
         return
     if str(func).startswith(INDEXED):
@@ -115,10 +123,21 @@ def _refuse_mixed(func: Any, args: Sequence[Any], given: Sequence[Tensor]) -> No
         if not isinstance(itself, OnGpu) and any(isinstance(i, OnGpu) for i in index):
             raise RuntimeError(f"{func}: indices should be either on cpu or on the same device as the indexed tensor")
         given = [itself, *put[:1]]
-    foreign = [x for x in given if not isinstance(x, OnGpu) and x.dim()]
-    if foreign and any(isinstance(x, OnGpu) for x in given):
-        raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found at least two devices, "
-                           f"cuda:0 and cpu (of shape {tuple(foreign[0].shape)})")
+    foreign = [x for x in given if not isinstance(x, OnGpu)]
+    if len(foreign) in (0, len(given)) or _goes_with(func, args, foreign):
+        return
+    raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found at least two devices, "
+                       f"cuda:0 and cpu (of shape {tuple(foreign[0].shape)})")
+
+
+def _goes_with(func: Any, args: Sequence[Any], foreign: Sequence[Tensor]) -> bool:
+    """Are these tensors of the CPU numbers, in a place where a GPU takes one from there?"""
+    if any(x.dim() for x in foreign):
+        return False
+    if str(func).startswith("aten.where."):
+        return isinstance(args[0], OnGpu)
+    pointwise = torch.Tag.pointwise in func.tags and not (func._schema.is_mutable and args[0] is foreign[0])
+    return len(foreign) == 1 and (pointwise or str(func).startswith((*INDEXED, "aten.fill_.", "aten._foreach_")))
 
 
 def on_gpu(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -131,8 +150,9 @@ def on_gpu(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     held_args, held = tree_map(lambda x: x.held if isinstance(x, OnGpu) else x, (tuple(args), dict(kwargs)))
     kernel = ONLY_THERE.get(str(func), func) if there else func
     out = kernel(*held_args, **(held | {"device": CPU} if named else held))
-    # That torch tells an operation on what lies there to make something on the CPU means: where its tensor lies.
-    if not (there or named or (not given and device == CPU and _in_backward())):
+    moved = device == CPU and str(func).startswith(ACROSS)  # by `_to`, for another type: not to the CPU
+    if not (named or (there and (device is None or moved)) or ((there or not given) and device == CPU
+                                                               and _in_backward())):
         return out
     if str(func).startswith("aten.copy_.") and not isinstance(args[0], OnGpu):
         return args[0]
@@ -159,6 +179,9 @@ class _Calls(TorchFunctionMode):
             return _to(args[0], CPU)
         if func in (torch.tensor, torch.as_tensor) and (place := kwargs.pop("device", None)) is not None:
             return _to(func(*args, **kwargs), place)
+        random = kwargs.get("generator")
+        if random is not None and isinstance(args[0], OnGpu) != (getattr(random, "place", "cpu") == "cuda"):
+            raise RuntimeError(f"{func}: expected a generator of the device of its tensor")
         return func(*args, **kwargs)
 
 
@@ -183,7 +206,7 @@ def gpu() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for name, answer in told.items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-            stack.enter_context(mock.patch.object(torch, "Generator", lambda device=CPU: _TORCHS_GENERATOR()))
+            stack.enter_context(mock.patch.object(torch, "Generator", Generator))
             stack.enter_context(_Calls())
             stack.enter_context(_Everywhere())
             yield

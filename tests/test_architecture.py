@@ -68,7 +68,7 @@ def test_layer_contract_finds_a_forbidden_import(module: str, imported: str, all
     stages = "data rollout reward privilege score credit loss optim eval report"
     loop = ("cli studies train doctor hints pictures finish session evaluate forecast batches assemble measure schema "
             "engines run methods")
-    for name in f"__init__ {loop} {stages} records vocabulary tensors chat recipe errors places heap".split():
+    for name in f"__init__ {loop} {stages} records vocabulary tensors chat recipe errors places heap processor".split():
         (package / f"{name}.py").write_text("")
     (package / f"{module}.py").write_text(f"import made_up.{imported}\n")
     config = tmp_path / "pyproject.toml"

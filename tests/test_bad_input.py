@@ -183,7 +183,8 @@ def test_a_method_says_which_privilege_it_cannot_do_without(home: Path, needs: s
         (b"\xff\xfe\x00", "not valid YAML"),
         ("model: m\noptim:\n  steps: 3\nmethod: grpo\noptim:\n  minibatches: 2\n",
          "the key 'optim' stands twice, first in line 2, and only the last would count; join them, or remove one"),
-        ("model: &m [*m]\n", "not valid YAML"),
+        ("model: &m [*m]\n", "not valid YAML: this holds itself"),
+        ("seed: 2024-13-45\n", "not valid YAML: month must be in 1..12"),
         ("model: m\noptim: {steps: 3, seed: 1, steps: 4}\n", "the key 'steps' stands twice, first in line 2"),
     ],
 )  # fmt: skip
@@ -378,12 +379,14 @@ def test_a_folder_that_is_taken_is_refused_and_left_alone(
     assert "already holds a run; add --resume" in refused("train", folder)
     assert "rollout.temperature = 0.5" in refused("train", folder, "--resume", "rollout.temperature=0.5")
     assert f"recipe {str(home)!r}: a folder that holds no run.yaml" in refused("train", home)
+    assert "recipe '': neither a file nor a shipped recipe" in refused("train", "")
     assert stamps(folder) == before
     (tmp_path / "thesis.tex").write_text("years")
     assert "holds files that are no run's (thesis.tex)" in refused("train", path, f"out={tmp_path}")
     assert "is a file" in refused("train", path, f"out={tmp_path / 'thesis.tex'}")
     for name in ("x" * 300, '"a\\0b"'):  # which no disk can have
         assert "out: " in (said := refused("train", path, f"out={name}")) and "choose another" in said
+    assert "File name too long" in cli("train", path, f"out={'x' * 300}", "--dry-run").out
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 

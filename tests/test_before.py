@@ -76,8 +76,8 @@ def test_another_start_is_sampled_anew(home: Path, first: Finished, changed: dic
     assert asked[0] == len({row["problem"] for row in rows(plain)})
 
 
-def test_a_start_that_was_sampled_in_another_precision_is_sampled_anew(home: Path, first: Finished, tmp_path: Path,
-                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_whose_recipe_samples_in_another_precision_is_sampled_anew(home: Path, first: Finished, tmp_path: Path,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     copy = Path(shutil.copytree(first.folder, tmp_path / "copy"))
     recipe = yaml.safe_load((copy / "run.yaml").read_text())
     recipe["rollout"]["vllm"] = {"dtype": "bfloat16"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -249,7 +250,9 @@ def test_a_dry_run_and_the_doctor_say_that_a_folder_is_taken(home: Path, runs: d
     assert f"# {told}" in (said := cli("train", folder, "--dry-run")).out and said.code == 0
     assert told not in cli("train", folder, "--dry-run", "--resume").out
     assert f"CHANGE  {told}" in (said := cli("doctor", folder)).out and said.code == 1
-    assert yaml.safe_load(cli("train", folder, "--dry-run").out)["out"] == str(folder)
+    assert "CHANGE" not in (said := cli("doctor", folder, "--resume")).out and said.code == 0, said.out
+    moved = Path(shutil.copytree(folder, home / "runs" / "moved"))
+    assert yaml.safe_load(cli("train", moved, "--dry-run").out)["out"] == str(moved)
 
 
 @pytest.mark.parametrize("reward", ["numeric", {"name": "numeric"}, ["numeric"], [{"name": "numeric"}]], ids=repr)

@@ -23,14 +23,15 @@ import selftaught
 from own import cli, lines, make_home, recipe_of, without_clocks, write_recipe
 from selftaught import assemble, kernels, tensors
 from selftaught.kernels import base, loops
+from selftaught.methods import names
 from selftaught.session import Session
+from tiny import save_tiny
 
 BFLOAT16 = {"optim": {"dtype": "bfloat16"}, "rollout": {"max_logp_gap": 9.0}}
-DEMONSTRATIONS = {"kind": "demonstration", "count": 2}
+DEMONSTRATIONS = {"kind": "demonstration", "count": 2, "threshold": 0.04}  # some of what a random model writes is right
 CASES: dict[str, dict[str, Any]] = {
-    **{name: {"method": {"name": name}} for name in ("grpo", "gspo", "cispo", "rlsd", "opsd", "sdft", "sdpo", "demopsd",
-                                                      "sdpg")},
-    **{name: {"method": {"name": name}, "teacher": "model"} for name in ("opd", "gkd", "dopd")},
+    **{name: {"method": {"name": name}, "teacher": "teacher" if name in ("opd", "gkd", "dopd") else None}
+       for name in names()},
     "demopsd over the vocabulary": {"method": {"name": "demopsd", "top_k": None}},
     "a mixture of teachers": {"method": {"name": "opsd"}, "privilege": {**DEMONSTRATIONS, "combine": "mixture"}},
     "an average of teachers": {"method": {"name": "opsd"}, "privilege": {**DEMONSTRATIONS, "combine": "average"}},
@@ -43,10 +44,15 @@ CASES: dict[str, dict[str, Any]] = {
     "rounded at random": {**BFLOAT16, "optim": {"dtype": "bfloat16", "master": "stochastic"}},
 }  # fmt: skip
 
+KERNELS = {"opsd": {"clipped", "gradient"}, "sdpo": {"buckets", "buckets_gradient"}, "sdpg": {"kl", "gradient"},
+           "demopsd over the vocabulary": {"blend", "blend_gradient"}, "bfloat16": {"statistics", "sampled_gradient"}}
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_home(tmp_path_factory.mktemp("device"))
+    folder = make_home(tmp_path_factory.mktemp("device"))
+    save_tiny(folder / "teacher", seed=1)
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -87,12 +93,14 @@ def test_a_run_on_a_gpu_leaves_nothing_behind_and_finds_what_the_cpu_finds(home:
     same = sum(a == b for a, b in zip(*texts, strict=True))
     assert same == len(texts[0]) or (within > 1e-3 and same >= 0.9 * len(texts[0]))  # a draw at the edge of two tokens
     ours, theirs = (load_file(next((folder / "final").glob("*.safetensors"))) for folder in (there, here))
-    for key, value in ours.items():
-        torch.testing.assert_close(value, theirs[key], rtol=0.02, atol=4e-3)  # Adam makes steps of roundings' signs too
+    first = {key: value for file in (home / "model").glob("*.safetensors") for key, value in load_file(file).items()}
+    moved = torch.cat([(ours[key] - first.get(key, torch.zeros(()))).flatten().float() for key in theirs])
+    apart = torch.cat([(ours[key] - theirs[key]).flatten().float() for key in theirs])
+    assert moved.norm() > 0 and apart.norm() < (0.3 if within > 1e-3 else 0.05) * moved.norm()
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage", "ignore:invalid value encountered")
-@pytest.mark.parametrize("name", ["opsd", "sdpo", "sdpg", "demopsd over the vocabulary", "bfloat16"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_of_a_gpu_find_there_what_torch_finds_on_the_cpu(home: Path, name: str,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     here = trained(home, f"{name}, without kernels", "cpu", **CASES[name])
@@ -101,7 +109,7 @@ def test_the_kernels_of_a_gpu_find_there_what_torch_finds_on_the_cpu(home: Path,
     within = 2e-3 if name == "bfloat16" else 2e-5
     rows = [list(map(without_clocks, lines(folder / "metrics.jsonl"))) for folder in (there, here)]
     assert all(close(*pair, within) for pair in zip(*rows, strict=True)), rows
-    assert {"statistics", "sampled_gradient"} <= calls if name == "bfloat16" else len(calls) >= 2, calls
+    assert KERNELS[name] <= calls
 
 
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -144,20 +152,21 @@ def test_a_run_on_a_gpu_is_gone_on_with_to_the_same_bits(home: Path, name: str,
         patch.setattr(Session, "record", killed)
         trained(home, again, "cuda", **sections)
     folder = home / "runs" / "cuda" / again
+    said = io.StringIO()
     with pretend.gpu():
-        selftaught.train(str(folder), resume=True, console=Console(file=io.StringIO()))
+        selftaught.train(str(folder), resume=True, console=Console(file=said))
+    assert "resumed after step 1" in said.getvalue()
     assert [*map(without_clocks, lines(folder / "metrics.jsonl"))] == [
         *map(without_clocks, lines(whole / "metrics.jsonl"))]
-    for file in (whole / "final").glob("*.safetensors"):
-        assert file.read_bytes() == (folder / "final" / file.name).read_bytes()
+    weights = Path("final") / "model.safetensors"
+    assert (whole / weights).read_bytes() == (folder / weights).read_bytes()
 
 
 def test_the_doctor_looks_at_a_gpu(home: Path) -> None:
     path = write_recipe(home, "doctor.yaml", device="cuda", method={"name": "rlsd"}, out=str(home / "runs" / "doctor"))
     with pretend.gpu():
         said = cli("doctor", path)
-    assert said.code in (0, 1) and "device cuda" in said.out and "null teacher" in said.out, said.err
-    assert "CHANGE  sampler" not in said.out and "CHANGE  null" not in said.out
+    assert "device cuda" in said.out and "ok      sampler against" in said.out and "ok      null teacher" in said.out
 
 
 # The pretence itself.
@@ -167,13 +176,20 @@ def test_it_refuses_what_a_gpu_refuses() -> None:
     with pretend.gpu():
         there, here = torch.arange(3.0, device="cuda"), torch.ones(3)
         assert (there.device, there.is_cuda, there.is_cpu) == (pretend.CUDA, True, False)
-        for act in (lambda: there + here, lambda: torch.cat([there, here]), lambda: torch.where(there > 1, here, there),
-                    lambda: there.add_(here), lambda: here[there > 1], lambda: torch.nn.functional.linear(there, here)):
-            with pytest.raises(RuntimeError, match=r"at least two devices, cuda:0 and cpu|indices should be"):
+        one = torch.tensor(2.0)
+        refused: list[Callable[[], Any]] = [
+            lambda: there + here, lambda: there.add_(here), lambda: torch.where(there > 1, here, there),
+            lambda: torch.cat([there, here]), lambda: torch.stack([there[0], one]), lambda: one.add_(there[0]),
+            lambda: torch.nn.functional.linear(there, here), lambda: here[there > 1],
+            lambda: there + torch.zeros_like(there, device="cpu"),
+            lambda: there.clone().normal_(generator=torch.Generator()),
+        ]
+        for act in refused:
+            with pytest.raises(RuntimeError, match=r"at least two devices|indices should be|a generator of"):
                 act()
         with pytest.raises(TypeError, match="numpy"):
             there.numpy()
-        assert (there + 1.0).device == (there * torch.tensor(2.0)).device == pretend.CUDA
+        assert (there + 1.0).device == (there * one).device == pretend.CUDA
         moved = there.cpu()
         assert type(moved) is torch.Tensor and torch.equal(moved, torch.arange(3.0)) and torch.equal(
             here.copy_(there), moved)

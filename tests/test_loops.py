@@ -129,7 +129,11 @@ def test_rotary_positions_and_their_gradients(order: str, heads: int, tokens: in
 
 
 @pytest.mark.parametrize("n, height, width", [(1, 1, 16), (7, 13, 48), (70, 200, 96), (5, 12, 64)])
-def test_products_that_are_added_up(n: int, height: int, width: int, threads: int) -> None:
+def test_products_that_are_added_up(n: int, height: int, width: int, threads: int,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "is_intel", lambda: True)
+    assert not loops.accumulates(drawn(1, 16), drawn(1, 1), drawn(1, 16))
+    monkeypatch.setattr(loops, "is_intel", lambda: False)
     a, b, before = drawn(n, height), drawn(n, width, seed=1), drawn(height, width, seed=2)
     exact = a.double().t() @ b.double()
     assert loops.accumulates(before, a, b) and not loops.accumulates(before[:, :-1], a, b[:, :-1])
@@ -463,7 +467,7 @@ def test_without_a_compiler_there_are_none_and_nothing_is_said(environment: dict
 def test_each_kind_of_processor_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SELFTAUGHT_CACHE", str(tmp_path))
     first = next(compiled.libraries())._name
-    monkeypatch.setattr(compiled, "_processor", lambda: "another")
+    monkeypatch.setattr(compiled, "kind", lambda: "another")
     assert first != next(compiled.libraries())._name
     assert len(list((tmp_path / "loops").glob("*.so"))) == 2
 

@@ -24,7 +24,16 @@ from selftaught.loss import (
     token_weights,
 )
 from selftaught.records import Credit, TokenLoss
-from selftaught.vocabulary import CHUNK_ELEMENTS, Head, TokenDist, as_head, chunk_size, project, sampled_log_probs
+from selftaught.vocabulary import (
+    CHUNK_ELEMENTS,
+    FEWEST,
+    Head,
+    TokenDist,
+    as_head,
+    chunk_size,
+    project,
+    sampled_log_probs,
+)
 
 INF = math.inf
 
@@ -275,7 +284,7 @@ def test_a_sampled_log_prob_alone_has_the_value_gradient_and_entropy_of_the_log_
 
 
 def test_the_chunk_is_a_function_of_the_vocabulary_and_bounded() -> None:
-    assert chunk_size(50) == 1024 and chunk_size(10**9) == 32  # whole blocks of rows, and never less than one
+    assert chunk_size(50) == 1024 and chunk_size(10**9) == FEWEST  # whole blocks of rows, and never few
     assert (chunk_size(49_152) - 32) * 49_152 < CHUNK_ELEMENTS <= chunk_size(49_152) * 49_152
 
 

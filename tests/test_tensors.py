@@ -260,7 +260,7 @@ def test_the_reducer_of_one_process_changes_nothing() -> None:
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_fast_product_is_the_product(amd: bool, dtype: torch.dtype, shape: tuple[int, ...], wide: bool,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "_has_amd_processor", lambda: amd)
+    monkeypatch.setattr(tensors, "is_intel", lambda: not amd)
     monkeypatch.setattr(tensors, "WIDE", 3 if wide else 6)
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(size, generator=generator).to(dtype) for size in ((*shape, 16), (16, 5)))

@@ -119,7 +119,7 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     if trains:
         check_trackers(run.report)
     device_of(run)
-    data.look(run.data)  # first of all: to look at a model may be to fetch and convert it
+    data.check(run.data)  # before the model is looked at, which may be to fetch and convert it
     check_model(run.model)
     if trains and (base := base_name(run.model)) != run.model:
         raise UserError(f"model: {run.model!r} is an adapter, which can be evaluated but not trained on; train a new "

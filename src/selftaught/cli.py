@@ -18,7 +18,7 @@ from selftaught.studies import STUDIES, start
 app = typer.Typer(help="Train language models on their own rollouts.", no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False, rich_markup_mode=None)
 Recipe = Annotated[str, typer.Argument(
-    help="a YAML file, or a shipped recipe: quickstart, small/METHOD, papers/NAME, science/NAME")]
+    help="a YAML file, a run's folder, or a shipped recipe: quickstart, small/METHOD, papers/NAME, science/NAME")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example optim.steps=10")]
 
 
@@ -138,7 +138,8 @@ def _refuse_mixed_eval(model: str | None, resume: bool, completions: Path | None
 
 
 @app.command()
-def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
+def doctor(recipe: Recipe, overrides: Overrides = None,
+           resume: Annotated[bool, typer.Option("--resume", help="look before going on with a run")] = False) -> None:
     """Look at a recipe before the long run; each line says ok or what to change."""
     from selftaught.assemble import lay_ground
     from selftaught.doctor import examine
@@ -146,7 +147,7 @@ def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
 
     ground = lay_ground(load_run(recipe, overrides or []), _say)
     try:
-        lines = examine(ground, _say)
+        lines = examine(ground, _say, resume=resume)
     finally:
         if ground.rewarder is not None:
             ground.rewarder.close()

@@ -34,9 +34,9 @@ class Line:
     text: str
 
 
-def examine(ground: Ground, say: Callable[[str], None]) -> list[Line]:
+def examine(ground: Ground, say: Callable[[str], None], *, resume: bool = False) -> list[Line]:
     """Everything that can be known before the first step; loads the model and samples one small batch."""
-    lines = [*environment(ground), *folder(ground), *lengths(ground), *rewards(ground)]
+    lines = [*environment(ground), *folder(ground, resume), *lengths(ground), *rewards(ground)]
     say(seam(ground))
     parts = assemble(ground)
     with closing(parts.engine):
@@ -64,10 +64,10 @@ def environment(ground: Ground) -> list[Line]:
     ]
 
 
-def folder(ground: Ground) -> list[Line]:
-    """Whether a run may begin where it is to live; nothing to say where it may."""
+def folder(ground: Ground, resume: bool) -> list[Line]:
+    """Whether a run may begin, or go on, where it is to live; nothing to say where it may."""
     try:
-        refuse_taken(Path(ground.run.out), resume=False)
+        refuse_taken(Path(ground.run.out), resume=resume)
     except UserError as error:
         return [Line(False, str(error))]
     return []

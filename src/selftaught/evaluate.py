@@ -18,6 +18,7 @@ from selftaught.engines import PLACE
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, read_rows, rows_of, select, summarise
 from selftaught.eval.rows import STUDENT, mend_tail, sampling_as_saved
+from selftaught.recipe import label
 from selftaught.records import Problem, Prompt, Request, Rollout, Sampling
 from selftaught.report import RunFolder, refuse_other, versions
 from selftaught.reward import Pending
@@ -161,7 +162,7 @@ def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say
         raise UserError(f"eval: {model} is no run's folder, so say on what: `selftaught eval {model} RECIPE`")
     run = load_run(recipe, overrides, {"model": name})
     run = run.model_copy(update={"optim": run.optim.model_copy(update={"lora": None})})  # nothing is trained here
-    stem = Path(recipe).stem
+    stem = label(recipe)
     out = folder / "evals" / stem if of_run else Path(run.out).parent / "evals" / f"{folder.name}-{stem}"
     if any(o.startswith("out=") for o in overrides):
         out = Path(run.out)
@@ -176,7 +177,10 @@ def evaluate_model(model: str, recipe: str | None, overrides: Sequence[str], say
         if of_run:
             ground = _unseen(ground, folder, say)
         target = RunFolder(place, resume=resume, warn=say)
-        rows = _complete(ground, target, run, say)
+        try:
+            rows = _complete(ground, target, run, say)
+        finally:
+            target.leave()
     finally:
         if ground.rewarder is not None:
             ground.rewarder.close()

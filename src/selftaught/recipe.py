@@ -15,6 +15,8 @@ from selftaught.errors import UserError, nearest
 # `method: grpo` is short for {name: grpo}.
 SHORT = {"data": "source", "method": "name", "privilege": "kind", "teacher": "model"}
 RECIPES = files("selftaught") / "recipes"
+RUN_FILE = "run.yaml"  # the resolved recipe, in a run's folder
+MERGE = "tag:yaml.org,2002:merge"  # the key `<<`, of which there may be several
 
 
 def recipe_names() -> list[str]:
@@ -23,18 +25,33 @@ def recipe_names() -> list[str]:
     return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
 
 
+def is_recipe(name: str) -> bool:
+    """Does a recipe go by that name: a shipped one, a YAML file, or a run's folder?"""
+    return name in recipe_names() or Path(name).suffix in (".yaml", ".yml") or is_run(name)
+
+
+def is_run(name: str) -> bool:
+    """Is it the folder of a run, and no shipped recipe's name? `./quickstart` is always a folder."""
+    return bool(name) and name not in recipe_names() and (Path(name) / RUN_FILE).is_file()
+
+
+def label(recipe: str) -> str:
+    """What to call a recipe in the names of files: a folder's name, another's without its extension."""
+    return _named(recipe).name if is_run(recipe) else Path(recipe).stem
+
+
 def read(recipe: str) -> dict[str, Any]:
     """The sections of a YAML file, of a shipped recipe, or of the run in a folder, whose `out` is that folder.
 
     Raises UserError where there is none of that name, or no mapping in it.
     """
-    path, of_run = Path(recipe), {}
-    if path.is_dir() and (path / "run.yaml").is_file():
-        path, of_run = path / "run.yaml", {"out": recipe}
+    path = Path(recipe)
+    if is_run(recipe):
+        path = path / RUN_FILE
     elif not path.is_file() and recipe in recipe_names():
         path = Path(str(RECIPES)) / f"{recipe}.yaml"
-    if path.is_dir():
-        raise UserError(f"recipe {recipe!r}: a folder that holds no run.yaml; give a YAML file or a run's folder")
+    if recipe and path.is_dir():
+        raise UserError(f"recipe {recipe!r}: a folder that holds no {RUN_FILE}; give a YAML file or a run's folder")
     if not path.is_file():
         raise UserError(f"recipe {recipe!r}: neither a file nor a shipped recipe; {nearest(recipe, recipe_names())}")
     try:
@@ -44,26 +61,41 @@ def read(recipe: str) -> dict[str, Any]:
     tree = parse(text, f"recipe {path}: it is")
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path}: must be a mapping of keys such as model, data, method; it is empty or a list")
-    return tree | of_run
+    return tree | ({"out": str(_named(recipe))} if is_run(recipe) else {})
+
+
+def _named(folder: str) -> Path:
+    """The folder by a path that ends in its name, which `.` does not."""
+    path = Path(folder)
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def parse(text: str, what: str) -> Any:
     """YAML as plain data. Raises UserError, "`what` not valid YAML: ...", also where a mapping has a key twice."""
     try:
-        for nodes in _mappings(yaml.compose(text, yaml.SafeLoader)):
-            _refuse_twice([key for key, _ in nodes.value if isinstance(key, yaml.ScalarNode)])
+        for mapping in _mappings(yaml.compose(text, yaml.SafeLoader), {}):
+            _refuse_twice([key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE])
         return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:  # a list that holds itself, say
+    except (yaml.YAMLError, ValueError, KeyError) as error:  # ValueError, KeyError: 2024-13-45, !!bool maybe
         raise UserError(f"{what} not valid YAML: {error}") from error
 
 
-def _mappings(node: yaml.Node | None) -> Iterator[yaml.MappingNode]:
-    """All of them at and under that place."""
+def _mappings(node: yaml.Node | None, seen: dict[int, bool]) -> Iterator[yaml.MappingNode]:
+    """All of them at and under that place, each once, however often an alias names it.
+
+    Raises MarkedYAMLError for what holds itself. `seen`: which nodes were come to, and whether all of each is known.
+    """
+    if node is None or seen.get(id(node)):
+        return
+    if id(node) in seen:
+        raise yaml.MarkedYAMLError(problem="this holds itself", problem_mark=node.start_mark)
+    seen[id(node)] = False
     if isinstance(node, yaml.MappingNode):
         yield node
     if isinstance(node, yaml.CollectionNode):
         for item in chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value:
-            yield from _mappings(item)
+            yield from _mappings(item, seen)
+    seen[id(node)] = True
 
 
 def _refuse_twice(keys: Sequence[yaml.ScalarNode]) -> None:

@@ -18,7 +18,7 @@ from selftaught.loss import LossConfig
 from selftaught.methods import Method, build
 from selftaught.optim import CheckpointConfig, OptimConfig, check_views
 from selftaught.privilege import PrivilegeConfig, pieces
-from selftaught.recipe import SHORT, override, read
+from selftaught.recipe import SHORT, is_run, override, read
 from selftaught.records import Section, privileged_views
 from selftaught.report import ReportConfig
 from selftaught.reward import RewardConfig
@@ -226,10 +226,20 @@ def load_run(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
     Raises:
         UserError: no such recipe, broken YAML, an unknown key (the nearest is named), a wrong type or value.
     """
-    tree = (dict(recipe) if isinstance(recipe, Mapping) else read(str(recipe))) | dict(sections or {})
+    tree = dict(recipe) if isinstance(recipe, Mapping) else read(str(recipe))
+    if not isinstance(recipe, Mapping) and is_run(str(recipe)):
+        _leave_unsaid(tree)
+    tree |= dict(sections or {})
     for each in overrides:
         override(tree, each)
     return make_run(tree)
+
+
+def _leave_unsaid(tree: dict[str, Any]) -> None:
+    """Take out of a resolved recipe the trackers that nobody need have asked for: an absent one is then no error."""
+    report = tree.get("report")
+    if isinstance(report, dict) and report.get("to") == list(ReportConfig().to):
+        tree["report"] = {key: value for key, value in report.items() if key != "to"}
 
 
 def make_run(tree: Mapping[str, Any]) -> Run:

@@ -15,7 +15,7 @@ from selftaught import data, reward
 from selftaught.errors import UserError
 from selftaught.eval import append_rows, compare, evaluations, read_rows, select, summarise, too_few
 from selftaught.eval.rows import KEYS, count_of, some_of
-from selftaught.recipe import recipe_names
+from selftaught.recipe import is_recipe
 from selftaught.records import Finish, Problem, Prompt, Rollout, Sampling, Say, Verdict
 from selftaught.reward import RewardConfig, Rewarder
 from selftaught.run import Run, load_run, make_reward
@@ -127,7 +127,7 @@ def _differing(before: Sequence[Row], after: Sequence[Row], field: str) -> list[
 
 def _reward_of(verifier: str) -> tuple[RewardConfig, Run | None]:
     """The reward that `verifier` spells, and the run of the recipe that it names, if it names one."""
-    if verifier in recipe_names() or Path(verifier).suffix in (".yaml", ".yml"):
+    if is_recipe(verifier):
         run = load_run(verifier)
         if run.reward is None:
             raise UserError(f"--reward {verifier}: this recipe has no reward; name a verifier")

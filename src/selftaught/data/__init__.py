@@ -1,6 +1,6 @@
 """Stage 1, what to solve: problems from files, the Hub, reasoning-gym or science questions; split, order and prompts.
 
-look(config)                                   refuses what no source can be, before anything is read
+check(config)                                  refuses what no source can be, before anything is read
 load(config, seed=0, say=print) -> Dataset     train, held-out and shots, disjoint by content
 Cursor(dataset.train, seed=0)                  endless order over the training problems, resumed exactly
 Renderer(tokenizer, config, dataset.shots)     the only maker of prompts, the student's and the teacher's
@@ -15,6 +15,6 @@ from selftaught.data.config import DataConfig, Part
 from selftaught.data.cursor import Cursor
 from selftaught.data.files import read
 from selftaught.data.render import Renderer, fit
-from selftaught.data.split import Dataset, load, look
+from selftaught.data.split import Dataset, check, load
 
-__all__ = ["Cursor", "DataConfig", "Dataset", "Part", "Renderer", "fit", "load", "look", "read", "to_problems"]
+__all__ = ["Cursor", "DataConfig", "Dataset", "Part", "Renderer", "check", "fit", "load", "read", "to_problems"]

@@ -27,10 +27,10 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
 
-def look(config: DataConfig) -> None:
+def check(config: DataConfig) -> None:
     """Raise UserError for what no source can be: a task or a key that nobody knows, a file that is not there.
 
-    It costs nothing: no row is read, and the Hub is not asked.
+    No row is read, and the Hub is not asked.
     """
     for source in (part.source for part in config.parts()):
         if generator := _generator(source):

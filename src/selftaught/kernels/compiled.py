@@ -7,11 +7,9 @@ and serves what names no other. Without a compiler, or with SELFTAUGHT_LOOPS=0, 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import hashlib
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -22,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from selftaught.places import cache_folder
+from selftaught.processor import kind
 
 SOURCES = sorted(Path(__file__).with_name("cpu").glob("*.c"))
 HEADERS = sorted(Path(__file__).with_name("cpu").glob("*.h"))
@@ -63,7 +62,7 @@ def _compilers() -> list[list[str]]:
 def _built(command: Sequence[str], compiled: Sequence[str], linked: Sequence[str]) -> Path:
     """The compiled file, from the cache or made now. Raises OSError or SubprocessError where that fails."""
     sources = [source.read_text(encoding="utf-8") for source in (*HEADERS, *SOURCES)]
-    told = [*command, _run([*command, "--version"]), *FLAGS, *compiled, *linked, _processor(), *sources]
+    told = [*command, _run([*command, "--version"]), *FLAGS, *compiled, *linked, kind(), *sources]
     name = f"loops-{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
     folder = _folder()
     if not _is_whole(folder / name):
@@ -126,11 +125,3 @@ def _own_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="selftaught-loops-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def _processor() -> str:
-    """What `-march=native` depends on, so that a home folder may be shared by machines of several kinds."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model", "CPU "))}))
-    return f"{platform.machine()} {platform.processor()} {platform.node()}"

@@ -27,17 +27,25 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 
 def refuse_taken(path: Path, *, resume: bool) -> None:
     """Raise UserError where no run may live: there is a file, files that are no run's, or, to begin one, a run."""
-    if path.exists() and not path.is_dir():
+    try:
+        is_file = path.exists() and not path.is_dir()
+        held = sorted(each.name for each in path.iterdir() if not each.name.startswith(".")) if path.is_dir() else []
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from error
+    if is_file:
         raise UserError(f"out: {path} is a file; choose a folder")
-    if not path.is_dir():
-        return
-    held = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     if any(name in MARKS for name in held):
         if not resume:
             raise UserError(f"out: {path} already holds a run; add --resume to go on with it, choose another out, or "
                             "delete the folder")
     elif foreign := [name for name in held if name not in OURS]:
         raise UserError(f"out: {path} holds files that are no run's ({foreign[0]}); choose an empty folder")
+
+
+def _unusable(path: Path, error: Exception) -> UserError:
+    """What the system says of a folder; a ValueError is about a name that no file can have."""
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"out: {path} cannot be written ({reason}); free some space or choose another folder")
 
 
 class RunFolder:
@@ -52,25 +60,22 @@ class RunFolder:
         self.path = Path(path)
         self.lost = 0  # writes that failed for want of room
         self._warn = warn
-        self._made: list[Path] = []
+        refuse_taken(self.path, resume=resume)
+        self._made = [each for each in (self.path, *self.path.parents) if not each.exists()]
+        probe = self.path / ".write-test"
         try:
-            refuse_taken(self.path, resume=resume)
-            self._made = [each for each in (self.path, *self.path.parents) if not each.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".write-test"
             probe.write_text("ok")
             probe.unlink()
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"out: {self.path} cannot be written ({reason}); free some space or choose another folder"
-            ) from error
+        except (OSError, ValueError) as error:
+            with suppress(OSError, ValueError):
+                probe.unlink(missing_ok=True)
+            self.leave()
+            raise _unusable(self.path, error) from error
 
     def leave(self) -> None:
         """Remove the folders that were made for this run, where nothing was put into them."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             for each in self._made:
                 each.rmdir()
 
@@ -102,6 +107,7 @@ class RunFolder:
         path = self.path / name
         refuse_other(path, run, may_change)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)  # a run that began here too, and failed, may have removed it
             _replace(path, yaml.safe_dump(as_json(run), sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise UserError(f"out: {path} cannot be written ({error.strerror}); free some space") from error

@@ -17,6 +17,7 @@ from selftaught.errors import UserError
 from selftaught.eval import read_rows, select
 from selftaught.eval.continual import column, sequence_lines, summarise_sequence
 from selftaught.evaluate import evaluate_model
+from selftaught.recipe import label
 from selftaught.records import Say
 from selftaught.report.draw import alone, save
 from selftaught.report.plots import task_sequence
@@ -80,10 +81,10 @@ def run(models: Sequence[str], tasks: Sequence[str], out: Path, say: Say, *, unt
 
 
 def _names(recipes: Sequence[str]) -> dict[str, str]:
-    """The recipes by the stem of their file, which names a task."""
+    """The recipes by what they are called, which names a task."""
     found: dict[str, str] = {}
     for recipe in recipes:
-        name = _safe(Path(recipe).stem)
+        name = _safe(label(recipe))
         if name in found:
             raise UserError(f"continual: the recipes {found[name]!r} and {recipe!r} have one name; rename one of them")
         found[name] = recipe
@@ -92,7 +93,7 @@ def _names(recipes: Sequence[str]) -> dict[str, str]:
 
 def _labels(models: Sequence[str], tasks: Sequence[str]) -> list[str]:
     """What the rows of the matrix are called: the task last learned, and the model."""
-    after = ["before", *(Path(task).stem for task in tasks)][-len(models) :]
+    after = ["before", *(label(task) for task in tasks)][-len(models) :]
     return [f"{task}: {Path(model).name}" for task, model in zip(after, models, strict=True)]
 
 
