@@ -37,6 +37,7 @@ from selftaught.score.adapter import add_adapter, require_peft, targets
 from selftaught.score.backbone import probe
 from selftaught.score.external import about_teacher, digest, id_bytes, shared_rows
 from selftaught.score.hub import (
+    SHIPPED,
     base_name,
     check_model,
     load_config,
@@ -119,7 +120,8 @@ def lay_ground(run: Run, say: Say, functions: Mapping[str, Callable[..., Any]] |
     if trains:
         check_trackers(run.report)
     device_of(run)
-    data.check(run.data)  # before the model is looked at, which may be to fetch and convert it
+    if run.model in SHIPPED:  # to look at it may be to fetch and convert it, for half a minute
+        data.check(run.data)
     check_model(run.model)
     if trains and (base := base_name(run.model)) != run.model:
         raise UserError(f"model: {run.model!r} is an adapter, which can be evaluated but not trained on; train a new "
