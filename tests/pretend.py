@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import torch._dynamo  # else the first operation would import it, and meet what `gpu` has put in torch's place
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
@@ -28,9 +29,11 @@ CPU = torch.device("cpu")
 class Generator(torch.Generator):
     """The CPU's, which says where it was asked to be."""
 
+    place: str
+
     def __new__(cls, device: Any = CPU) -> Generator:
         made = super().__new__(cls, CPU)
-        made.place = torch.device(device).type  # type: ignore[attr-defined]
+        made.place = torch.device(device).type
         return made
 
 
@@ -67,6 +70,7 @@ class OnGpu(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"OnGpu({self.held!r})"
 
+    # Properties in torch too, which its stubs call attributes.
     device = property(lambda self: CUDA)  # type: ignore[assignment]
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
@@ -97,7 +101,8 @@ class _Down(torch.autograd.Function):
         return x.held.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> OnGpu:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> OnGpu:
         return OnGpu(grad)
 
 

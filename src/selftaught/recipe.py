@@ -45,8 +45,8 @@ def read(recipe: str) -> dict[str, Any]:
 
     Raises UserError where there is none of that name, or no mapping in it.
     """
-    path = Path(recipe)
-    if is_run(recipe):
+    path, of_run = Path(recipe), is_run(recipe)
+    if of_run:
         path = path / RUN_FILE
     elif not path.is_file() and recipe in recipe_names():
         path = Path(str(RECIPES)) / f"{recipe}.yaml"
@@ -61,7 +61,7 @@ def read(recipe: str) -> dict[str, Any]:
     tree = parse(text, f"recipe {path}: it is")
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path}: must be a mapping of keys such as model, data, method; it is empty or a list")
-    return tree | ({"out": str(_named(recipe))} if is_run(recipe) else {})
+    return tree | ({"out": str(_named(recipe))} if of_run else {})
 
 
 def _named(folder: str) -> Path:
