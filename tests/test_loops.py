@@ -262,7 +262,8 @@ def test_a_decoded_layer_before_and_after_its_attention(columns: int, more: bool
     out, gate, up, down = (drawn(*shape, seed=i) for i, shape in enumerate(
         ((height, 24), (inner, height), (inner, height), (height, inner))))
     bias = drawn(height, seed=9) if more else None
-    found = layer.before(x, before, linears, of_heads if more else [], cos, sin)
+    parts = layer.Parts(before, linears, of_heads if more else [], layer.Linear(out, bias), between, gate, up, down)
+    found = layer.before(x, parts, cos, sin)
     for i, (made, linear) in enumerate(zip(found, linears, strict=True)):
         exact = normed(x.double().mT, before) @ linear.weight.double().mT + (0 if linear.bias is None else linear.bias)
         exact = exact.unflatten(-1, (-1, width)).transpose(0, 1)
@@ -272,7 +273,7 @@ def test_a_decoded_layer_before_and_after_its_attention(columns: int, more: bool
     middle = x.double().mT + seen.double() @ out.double().mT + (0 if bias is None else bias)
     states = normed(middle, between)
     exact = middle + (silu(states @ gate.double().mT) * (states @ up.double().mT)) @ down.double().mT
-    after = layer.after(seen, x, layer.Linear(out, bias), between, gate, up, down)
+    after = layer.after(seen, x, parts)
     torch.testing.assert_close(after.double().mT, exact, rtol=1e-5, atol=1e-3)
 
 
@@ -299,7 +300,7 @@ class Other(torch.nn.Linear):
     """A projection that somebody has made something of."""
 
 
-PLACES = {"before": layer, "after": layer,
+PLACES = {"before": layer, "after": layer, "step": layer.Stack,
           **dict.fromkeys(("attend", "product", "norm_turned", "rotate_turned"), loops)}
 
 
@@ -322,7 +323,8 @@ def test_decoded_hidden_states_with_and_without_loops(family: str, kind: str, mo
     torch.testing.assert_close(decoded(backbone, read).double(), reference(model, read), atol=2e-5, rtol=2e-5)
     of_layer = {"off": set(), "whole": {"before", "after"}, "adapted": {"product", "norm_turned", "rotate_turned"}}
     attends = kind != "off" and loops.attends(model.model.layers[0].self_attn.head_dim)
-    assert called == of_layer[kind] | ({"attend"} if attends else set())
+    attention = {"off": set(), "whole": {"step"}, "adapted": {"attend"}}
+    assert called == of_layer[kind] | (attention[kind] if attends else set())
 
 
 def test_a_decoded_layer_under_somebody_elses_autocast() -> None:

@@ -1,7 +1,7 @@
-"""A decoder layer of a decoding step in two calls, before and after its attention, by the loops of `cpu/decoding.c`.
+"""Decoder layers of a decoding step, by the loops of `cpu/decoding.c`: all in one call, or each in two.
 
-With a call for each of its parts the layers of a 135M model took 31 to 35 ms for 16 rows, with two 28: threads wait
-for Python less often.
+With a call for each of its parts the layers of a 135M model took 31 to 35 ms for 16 rows, with two for each layer 28:
+threads wait for Python less often.
 Shapes: B rows, which are the last axis, H hidden, I inner width, D of one head.
 """
 
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selftaught.kernels import loops
 from selftaught.kernels.loops import PANEL, library
 
 
@@ -32,38 +33,80 @@ class Linear(NamedTuple):
     bias: Tensor | None
 
 
-def before(x_HB: Tensor, norm: Norm, projections: Sequence[Linear], of_heads: Sequence[Norm], cos_BD: Tensor,
-           sin_BD: Tensor) -> list[Tensor]:
+class Parts(NamedTuple):
+    """All numbers of a layer: norm, projections to query, key and value, norms of the first two by head, if any, then
+    what `after` takes. All is contiguous."""
+
+    norm: Norm
+    projections: Sequence[Linear]
+    of_heads: Sequence[Norm]
+    out: Linear
+    between: Norm
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def heads(self, width: int) -> list[int]:
+        """Of queries, keys and values."""
+        return [linear.weight.shape[0] // width for linear in self.projections]
+
+
+def before(x_HB: Tensor, parts: Parts, cos_BD: Tensor, sin_BD: Tensor) -> list[Tensor]:
     """Query (Hq, B, D), key and value (Hkv, B, D): the projections of x after its norm.
 
     Query and key are normed by head, if there are norms for it, and rotated. All is contiguous.
     """
-    (rows, width), height = cos_BD.shape, x_HB.shape[0]
-    heads = [linear.weight.shape[0] // width for linear in projections]
-    out = [x_HB.new_empty(count, rows, width) for count in heads]
-    room = x_HB.new_empty(rows * (1 + height) + height * _padded(rows) + sum(heads) * (2 * width + 1) * rows)
-    norms = [norm, *of_heads]
-    weights, biases = ((_POINTER * 3)(*map(_at, each)) for each in zip(*projections, strict=True))
-    library().before(ctypes.byref(_Before(
-        _at(x_HB), _at(norm.weight), weights, biases, (_POINTER * 2)(*(_at(n.weight) for n in of_heads)), _at(cos_BD),
-        _at(sin_BD), _at(room), (_POINTER * 3)(*map(_at, out)), height, rows, width, (_SIZE * 3)(*heads),
-        (_REAL * 3)(*(n.eps for n in norms)), (_REAL * 3)(*(n.offset for n in norms)), torch.get_num_threads())))
+    rows, width = cos_BD.shape
+    out = [x_HB.new_empty(count, rows, width) for count in parts.heads(width)]
+    room = x_HB.new_empty(_room_before(parts, rows, width))
+    library().before(ctypes.byref(_before(x_HB, parts, cos_BD, sin_BD, room, out)))
     return out
 
 
-def after(seen_BK: Tensor, x_HB: Tensor, projection: Linear, norm: Norm, gate: Tensor, up: Tensor, down: Tensor
-          ) -> Tensor:
+def after(seen_BK: Tensor, x_HB: Tensor, parts: Parts) -> Tensor:
     """The rest of the layer from what its attention has seen: y = x + W seen + b, then y + D (silu(G n) U n), (H, B).
 
     n is y after the norm; G, U (I, H) and D (H, I). All is contiguous.
     """
-    (height, rows), (inner, width) = x_HB.shape, (gate.shape[0], seen_BK.shape[1])
-    out = torch.empty_like(x_HB)
-    room = x_HB.new_empty(rows * (1 + 2 * (height + inner)) + max(height, inner, width) * _padded(rows))
-    library().after(ctypes.byref(_After(
-        *map(_at, (seen_BK, x_HB, *projection, norm.weight, gate, up, down, room, out)), height, inner, width, rows,
-        norm.eps, norm.offset, torch.get_num_threads())))
+    out, room = torch.empty_like(x_HB), x_HB.new_empty(_room_after(parts, x_HB.shape[1]))
+    library().after(ctypes.byref(_after(seen_BK, x_HB, parts, room, out)))
     return out
+
+
+class Stack:
+    """Layers that follow one another, in one call for a token of every row."""
+
+    def __init__(self, layers: Sequence[tuple[Parts, float, int | None]], held: Sequence[loops.Held],
+                 width: int) -> None:
+        """Of each layer its parts, scaling and window, and what it attends to.
+
+        It holds where all of that lies, and room: it is of no use when anything has moved.
+        """
+        parts = [each for each, _, _ in layers]
+        rows, height = held[0].held_k.shape[1], parts[0].norm.weight.shape[0]
+        new = parts[0].norm.weight.new_empty
+        most = [max(counts) for counts in zip(*(each.heads(width) for each in parts), strict=True)]
+        self._x, self._cos, self._sin = new(height, rows), new(rows, width), new(rows, width)
+        between, made = new(2, height, rows), [new(count, rows, width) for count in most]
+        seen, scores = new(rows, most[0], width), max(map(loops.scores_of, held), key=Tensor.numel)
+        room = new(max(max(_room_before(each, rows, width), _room_after(each, rows)) for each in parts))
+        self._layers, x = (_Layer * len(layers))(), self._x
+        for i, ((each, scaling, window), its, layer) in enumerate(zip(layers, held, self._layers, strict=True)):
+            out = between[i % 2]
+            layer.before = _before(x, each, self._cos, self._sin, room, made)
+            layer.attention = loops.attention([part.data_ptr() for part in made], its, scores, seen,
+                                              each.heads(width)[0], window, scaling)
+            layer.after = _after(seen.view(-1)[: rows * each.out.weight.shape[1]].view(rows, -1), x, each, room, out)
+            x = out
+        self._out, self._held = x, (layers, held, between, made, seen, scores, room)
+
+    def step(self, x_HB: Tensor, cos_BD: Tensor, sin_BD: Tensor, written: int) -> Tensor:
+        """What the last layer makes of x, (H, B), after so many tokens; keys and values of each row's are put down."""
+        self._x.copy_(x_HB)
+        self._cos.copy_(cos_BD)
+        self._sin.copy_(sin_BD)
+        library().decode(self._layers, len(self._layers), written)
+        return self._out.clone()
 
 
 _POINTER, _SIZE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -87,6 +130,40 @@ class _After(ctypes.Structure):
         *((name, _SIZE) for name in ("H", "I", "K", "B")), ("eps", _REAL), ("offset", _REAL),
         ("threads", ctypes.c_int),
     ]  # fmt: skip
+
+
+class _Layer(ctypes.Structure):
+    """As in cpu/decoding.c."""
+
+    _fields_ = [("before", _Before), ("attention", loops.Attention), ("after", _After)]
+
+
+def _room_before(parts: Parts, rows: int, width: int) -> int:
+    height = parts.norm.weight.shape[0]
+    return rows * (1 + height) + height * _padded(rows) + sum(parts.heads(width)) * (2 * width + 1) * rows
+
+
+def _before(x_HB: Tensor, parts: Parts, cos: Tensor, sin: Tensor, room: Tensor, out: Sequence[Tensor]) -> _Before:
+    rows, width = cos.shape
+    norms = [parts.norm, *parts.of_heads]
+    weights, biases = ((_POINTER * 3)(*map(_at, each)) for each in zip(*parts.projections, strict=True))
+    return _Before(
+        _at(x_HB), _at(parts.norm.weight), weights, biases, (_POINTER * 2)(*(_at(n.weight) for n in parts.of_heads)),
+        _at(cos), _at(sin), _at(room), (_POINTER * 3)(*map(_at, out)), x_HB.shape[0], rows, width,
+        (_SIZE * 3)(*parts.heads(width)), (_REAL * 3)(*(n.eps for n in norms)), (_REAL * 3)(*(n.offset for n in norms)),
+        torch.get_num_threads())
+
+
+def _room_after(parts: Parts, rows: int) -> int:
+    (inner, height), width = parts.gate.shape, parts.out.weight.shape[1]
+    return rows * (1 + 2 * (height + inner)) + max(height, inner, width) * _padded(rows)
+
+
+def _after(seen_BK: Tensor, x_HB: Tensor, parts: Parts, room: Tensor, out: Tensor) -> _After:
+    (inner, height), (rows, width) = parts.gate.shape, seen_BK.shape
+    given = seen_BK, x_HB, *parts.out, parts.between.weight, parts.gate, parts.up, parts.down, room, out
+    return _After(*map(_at, given), height, inner, width, rows, parts.between.eps, parts.between.offset,
+                  torch.get_num_threads())
 
 
 def _at(x: Tensor | None) -> int | None:

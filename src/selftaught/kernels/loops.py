@@ -12,10 +12,11 @@ from __future__ import annotations
 import ctypes
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -270,7 +271,18 @@ def rotate_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-class _Attention(ctypes.Structure):
+class Held(NamedTuple):
+    """What one layer of a decoding step attends to, as `attend` says."""
+
+    prompt_k: Tensor
+    prompt_v: Tensor
+    held_k: Tensor
+    held_v: Tensor
+    group: Tensor
+    length: Tensor
+
+
+class Attention(ctypes.Structure):
     """As in cpu/decoding.c."""
 
     _fields_ = [
@@ -296,17 +308,28 @@ def attend(query: Tensor, key: Tensor, value: Tensor, prompt_k: Tensor, prompt_v
     group of each row (B,) and the length of each group's prompt (G,), int64. `window`: keys that a token sees at most.
     """
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    group, length = group.long(), length.long()
-    (kv_heads, rows, capacity, width), threads = held_v.shape, torch.get_num_threads()
-    groups, _, prompt = prompt_k.shape[1:]
-    scores = query.new_empty(threads, QUERIES, prompt + capacity)
-    out = query.new_empty(rows, query.shape[0], width)
-    seen = prompt + capacity if window is None else window
-    library().attend(ctypes.byref(_Attention(
-        *_at(query, key, value, prompt_k, prompt_v, held_k, held_v, group, length, scores, out), kv_heads,
-        query.shape[0] // kv_heads, rows, groups, prompt, prompt_v.shape[2], capacity, written, width, seen, scaling,
-        threads)))
+    held = Held(prompt_k, prompt_v, held_k, held_v, group.long(), length.long())
+    scores, out = scores_of(held), query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+    given = attention(_at(query, key, value), held, scores, out, query.shape[0], window, scaling)
+    given.written = written
+    library().attend(ctypes.byref(given))
     return out
+
+
+def scores_of(held: Held) -> Tensor:
+    """Room for the scores of every thread."""
+    tokens = held.prompt_k.shape[3] + held.held_k.shape[3]
+    return held.held_k.new_empty(torch.get_num_threads(), QUERIES, tokens)
+
+
+def attention(given: Sequence[int], held: Held, scores: Tensor, out: Tensor, heads: int, window: int | None,
+              scaling: float) -> Attention:
+    """`attend` of query, key and value that lie where `given` says, but for how many tokens were written."""
+    kv_heads, rows, capacity, width = held.held_v.shape
+    groups, _, prompt = held.prompt_k.shape[1:]
+    seen = prompt + capacity if window is None else window
+    return Attention(*given, *_at(*held, scores, out), kv_heads, heads // kv_heads, rows, groups, prompt,
+                     held.prompt_v.shape[2], capacity, 0, width, seen, scaling, torch.get_num_threads())
 
 
 # ------------------------------------------------------------------------------------------------------- loading
@@ -367,7 +390,7 @@ def _declare(library: Any) -> None:
         "row_blend_gradient": [at] * 4 + [real] + [at] * 4 + [size, size, whole],
         "row_clipped": [at] * 4 + [real, size, size, at, at, whole],
         "row_gradient": [whole] + [at] * 6 + [real, at, size, size, whole],
-        "logits": [at] * 5 + [size] * 3 + [whole],
+        "logits": [at] * 5 + [size] * 3 + [whole], "decode": [at, size, size],
         **{name: [at] for name in ("attend", "product", "before", "after", "attend_pass", "attend_pass_backward")},
     }  # fmt: skip
     for name, types in given.items():

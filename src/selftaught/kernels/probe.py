@@ -106,7 +106,8 @@ def _decoded_layer(draw: torch.Generator) -> Iterator[_Pair]:
         linears = [layer.Linear(_drawn(draw, 8 * heads, 40), _drawn(draw, 8 * heads)) for heads in (3, 2, 2)]
         out, gate, up, down = (_drawn(draw, *shape) for shape in ((40, 24), (19, 40), (19, 40), (40, 19)))
         normed = _norm(x.double().mT, norm.weight.double() + 1)
-        for i, ours in enumerate(layer.before(x, norm, linears, of_heads, cos, sin)):
+        parts = layer.Parts(norm, linears, of_heads, layer.Linear(out, None), between, gate, up, down)
+        for i, ours in enumerate(layer.before(x, parts, cos, sin)):
             weight, bias = linears[i]
             exact = (normed @ weight.double().mT + (0 if bias is None else bias)).unflatten(-1, (-1, 8)).transpose(0, 1)
             if i < 2:
@@ -115,7 +116,7 @@ def _decoded_layer(draw: torch.Generator) -> Iterator[_Pair]:
         middle = x.double().mT + seen.double() @ out.double().mT
         normed = _norm(middle, between.weight.double() + 1)
         inner = silu(normed @ gate.double().mT) * (normed @ up.double().mT)
-        found = layer.after(seen, x, layer.Linear(out, None), between, gate, up, down)
+        found = layer.after(seen, x, parts)
         yield "a layer after it", found.mT, middle + inner @ down.double().mT
 
 

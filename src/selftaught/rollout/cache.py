@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -83,6 +84,7 @@ class DecodeCache:
         # that rows of whole groups are its slots without a copy.
         self._prompt = {layer: (_upright(key), value.contiguous()) for layer, (key, value) in prompts.items()}
         self._response: dict[int, tuple[Tensor, Tensor]] = {}  # (Hkv, B, D, capacity), (Hkv, B, capacity, D)
+        self._held: dict[int, loops.Held] | None = None
         self._index_rows()
 
     def positions(self) -> Tensor:
@@ -92,7 +94,7 @@ class DecodeCache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
                window: int | None) -> Tensor:
         """One token of every row: query (Hq, B, D), key and value (Hkv, B, D) to (B, Hq, D)."""
-        held = self._room(layer, key, value)
+        held = self._room(layer)
         if key.shape == value.shape and loops.usable(query, key, value) and loops.attends(query.shape[-1]):
             return loops.attend(query, key, value, *self._prompt[layer], *held, self.row_group, self.lengths,
                                 self.written, window, scaling)
@@ -102,15 +104,31 @@ class DecodeCache:
         return attend(query, key, value, prompt_k, prompt_v, *held, self.written, self.lengths.shape[0], self._slots,
                       self._place, hidden, scaling)
 
-    def _room(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def held(self) -> Mapping[int, loops.Held] | None:
+        """All of it by layer, with room for one more token; None where that is nothing for the loops.
+
+        It is the same mapping for as long as nothing of it has moved.
+        """
+        if self._held is None or self.written >= next(iter(self._held.values())).held_k.shape[3]:
+            group, lengths = self.row_group.long(), self.lengths.long()
+            held = {layer: loops.Held(*prompt, *self._room(layer), group, lengths)
+                    for layer, prompt in self._prompt.items()}
+            suits = all(each.prompt_k.shape[2] == each.prompt_v.shape[3] and loops.attends(each.prompt_v.shape[3])
+                        and loops.usable(*each[:4]) for each in held.values())
+            self._held = held if suits else None
+        return self._held
+
+    def _room(self, layer: int) -> tuple[Tensor, Tensor]:
         """The responses' keys and values, with room for one more token."""
         if layer not in self._response:
-            self._response[layer] = (_held(key[:0, :0]).new_empty(*key.shape, CAPACITY),
-                                     value.new_empty(*value.shape[:2], CAPACITY, value.shape[2]))
+            (keys, values), rows = self._prompt[layer], self.row_group.shape[0]
+            self._response[layer] = (keys.new_empty(keys.shape[0], rows, keys.shape[2], CAPACITY),
+                                     values.new_empty(values.shape[0], rows, CAPACITY, values.shape[3]))
         held_k, held_v = self._response[layer]
         capacity = held_v.shape[2]
         if self.written >= capacity:
             self._response[layer] = pad(held_k, (0, capacity)), pad(held_v, (0, 0, 0, capacity))
+            self._held = None
         return self._response[layer]
 
     def _hidden(self, prompt: int, window: int | None) -> Tensor | None:
@@ -150,6 +168,7 @@ class DecodeCache:
 
         None where slots and rows are the same numbers. And `_flat`: the prompts' with heads and groups together.
         """
+        self._held = None
         self._flat = {layer: (k.flatten(0, 1), v.flatten(0, 1)) for layer, (k, v) in self._prompt.items()}
         self._whole = bool((self.lengths == next(iter(self._prompt.values()))[1].shape[2]).all())  # no prompt is padded
         self._masks = {}

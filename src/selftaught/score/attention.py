@@ -7,8 +7,9 @@ module's for scoring, the sampler's own for decoding. There is no (T, T) mask an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +32,17 @@ class Attends(Protocol):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
                window: int | None) -> Tensor:
         """query (Hq, T, D), key and value (Hkv, T, D), after rotary positions, to (T, Hq, D)."""
+        ...
+
+
+@runtime_checkable
+class Decodes(Attends, Protocol):
+    """The same for one token of every row, from keys and values that the loops can read where they lie."""
+
+    written: int
+
+    def held(self) -> Mapping[int, loops.Held] | None:
+        """All of them by layer, with room for one more token, the same mapping for as long as nothing has moved."""
         ...
 
 

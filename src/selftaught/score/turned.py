@@ -1,4 +1,4 @@
-"""A decoder layer for the few rows of a decoding step, on a CPU: the rows are the last axis from layer to layer.
+"""Decoder layers for the few rows of a decoding step, on a CPU: the rows are the last axis from layer to layer.
 
 With few rows W x^T is the fastest product (`tensors.fast_linear`), and gives its numbers turned, (M, rows). Here they
 stay so: nothing is turned back between products, the gate, its product and both residual sums are done by the product
@@ -10,7 +10,7 @@ Shapes: B rows, H hidden, D of one head, in the order of memory: x_HB.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from selftaught.kernels import layer as by_loops
 from selftaught.kernels import loops
-from selftaught.score.attention import Attends
+from selftaught.score.attention import Attends, Decodes
 from selftaught.score.fused import Fused, close, is_silu
 from selftaught.score.operations import fused
 from selftaught.tensors import FEW, scripted, turns
@@ -108,9 +108,9 @@ class _Angles:
 class _Layer:
     """Norm, attention, sum, norm, gated layer, sum."""
 
-    def __init__(self, module: Any, norms: Fused, angles: _Angles) -> None:
+    def __init__(self, module: Any, norms: Fused, angles: _Angles, chain: _Chain) -> None:
         """Raises AttributeError, KeyError or TypeError where the module is no such layer."""
-        self._module, self._angles = module, angles
+        self._module, self._angles, self._chain = module, angles, chain
         self._mlp, attention = module.mlp, module.self_attn
         self._width: int = attention.head_dim
         self._projections = attention.q_proj, attention.k_proj, attention.v_proj
@@ -135,7 +135,12 @@ class _Layer:
         if segments is None or not suits:
             own: Tensor = type(self._module).forward(self._module, hidden_states, *rest, **given)
             return own
-        return self.run(hidden_states[0].t().contiguous(), position_embeddings, segments).t()[None]
+        return self._chain.through(self, hidden_states, position_embeddings, segments)
+
+    @property
+    def hooked(self) -> bool:
+        """Does somebody look at what goes in or comes out?"""
+        return bool(self._module._forward_hooks or self._module._forward_pre_hooks)
 
     def run(self, x_HB: Tensor, tables: tuple[Tensor, Tensor], segments: Attends) -> Tensor:
         """The layer itself: (H, B) to (H, B)."""
@@ -161,25 +166,95 @@ class _Layer:
         out: Tensor = scripted(_gated_sum)(normed, x_HB, *weights)
         return out
 
-
     def _by_loops(self, x_HB: Tensor, tables: tuple[Tensor, Tensor], segments: Attends) -> Tensor | None:
         """The same in two calls and its attention; None where a part is none of theirs, or adapted."""
+        cos, sin = (table[0] for table in tables)
+        parts = self.parts(x_HB, cos, sin)
+        if parts is None:
+            return None
+        query, key, value = by_loops.before(x_HB, parts, cos, sin)
+        layer, scaling, window = self.attends
+        seen = segments.attend(layer, query, key, value, scaling, window).flatten(1).contiguous().to(x_HB.dtype)
+        return by_loops.after(seen, x_HB, parts)
+
+    def parts(self, x_HB: Tensor, *given: Tensor) -> by_loops.Parts | None:
+        """All its numbers, if it is one that the loops take, with x and what is given."""
         linears = *self._projections, self._out
         if not self._gated or not all(type(linear) is nn.Linear for linear in linears):
             return None
         *projections, out = (by_loops.Linear(linear.weight, linear.bias) for linear in linears)
         norm, between, *of_heads = (norm.numbers for norm in (self._before, self._between, *self._of_heads))
         mlp = self._mlp.gate_proj.weight, self._mlp.up_proj.weight, self._mlp.down_proj.weight
-        cos, sin = (table[0] for table in tables)
-        more = [cos, sin, *(n.weight for n in (norm, between, *of_heads)),
+        more = [*given, *(n.weight for n in (norm, between, *of_heads)),
                 *(bias for _, bias in (*projections, out) if bias is not None)]
         if not (loops.multiplies(x_HB, *(w for w, _ in (*projections, out)), *mlp) and loops.usable(*more)
                 and all(x.is_contiguous() for x in (x_HB, *more))):
             return None
-        query, key, value = by_loops.before(x_HB, norm, projections, of_heads, cos, sin)
-        layer, scaling, window = self.attends
-        seen = segments.attend(layer, query, key, value, scaling, window).flatten(1).contiguous().to(x_HB.dtype)
-        return by_loops.after(seen, x_HB, out, between, *mlp)
+        return by_loops.Parts(norm, projections, of_heads, out, between, *mlp)
+
+
+class _Chain:
+    """All layers of a model: one call of the loops, once a step has shown that each is handed the last one's output.
+
+    The first of them gives what the last would, and the others hand it on.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[_Layer] = []
+        self._follow = False  # is each one's output handed to the next as it is, with the same angles?
+        self.forget()
+
+    def begin(self, layers: list[_Layer]) -> None:
+        """These are the layers, in some order."""
+        if layers != self._layers:
+            self._layers, self._follow = layers, False
+
+    def forget(self) -> None:
+        """What was made: nothing of it outlives the decoding."""
+        self._shown: list[_Layer] = []
+        self._last: tuple[Any, Any] = None, None  # the last one's output and angles
+        self._made: Tensor | None = None  # of all of them
+        self._stack: by_loops.Stack | None = None
+        self._of: Any = None  # what the stack attends to
+
+    def through(self, layer: _Layer, hidden: Tensor, tables: tuple[Tensor, Tensor], segments: Attends) -> Tensor:
+        """(1, B, H) to (1, B, H)."""
+        first = self._follow and layer is self._layers[0]
+        if self._made is not None and not first:
+            if hidden is not self._made:
+                raise RuntimeError("a model that now does something between its layers where it did nothing before")
+            return hidden
+        self._made, x_HB = None, hidden[0].t().contiguous()
+        if first and (made := self._by_loops(x_HB, tables, segments)) is not None:
+            self._made = made.t()[None]
+            return self._made
+        out = layer.run(x_HB, tables, segments).t()[None]
+        if not self._follow:
+            follows = hidden is self._last[0] and tables is self._last[1]
+            self._shown = [*self._shown, layer] if follows else [layer]
+            self._last = out, tables
+            self._follow = self._shown == self._layers
+        return out
+
+    def _by_loops(self, x_HB: Tensor, tables: tuple[Tensor, Tensor], segments: Attends) -> Tensor | None:
+        if not isinstance(segments, Decodes) or (held := segments.held()) is None:
+            return None
+        cos, sin = (table[0] for table in tables)
+        if held is not self._of:
+            self._of = held
+            self._stack = self._stacked(x_HB, cos, sin, held)
+        return None if self._stack is None else self._stack.step(x_HB, cos, sin, segments.written)
+
+    def _stacked(self, x_HB: Tensor, cos: Tensor, sin: Tensor, held: Mapping[int, loops.Held]) -> by_loops.Stack | None:
+        """All of them, where the loops take each and nobody looks at what is between them."""
+        layers, ours = [], []
+        for layer in self._layers:
+            parts, (number, scaling, window) = layer.parts(x_HB, cos, sin), layer.attends
+            if parts is None or layer.hooked or number not in held:
+                return None
+            layers.append((parts, scaling, window))
+            ours.append(held[number])
+        return by_loops.Stack(layers, ours, cos.shape[1])
 
 
 def _plain(linear: Any) -> bool:
@@ -215,12 +290,13 @@ class TurnedLayers:
     def __init__(self, model: nn.Module, norms: Fused) -> None:
         self._model, self._norms = model, norms
         self._layers: list[tuple[nn.Module, _Layer]] | None = None
+        self._chain = _Chain()
 
     def prepare(self) -> None:
         """Look at every layer, once. Without gradient, and with `attention.NAME` as the model's attention."""
         if self._layers is None:
             angles = _Angles()
-            made = ((module, _form_of(module, self._norms, angles)) for module in self._model.modules()
+            made = ((module, _form_of(module, self._norms, angles, self._chain)) for module in self._model.modules()
                     if hasattr(module, "self_attn") and "forward" not in vars(module))
             self._layers = [(module, layer) for module, layer in made if layer is not None]
 
@@ -228,19 +304,21 @@ class TurnedLayers:
     def installed(self) -> Iterator[None]:
         """Inside this block the model's layers are the turned ones."""
         here = [(module, layer) for module, layer in self._layers or () if "forward" not in vars(module)]
+        self._chain.begin([layer for _, layer in here])
         try:
             for module, layer in here:
                 module.forward = layer.forward
             yield
         finally:
+            self._chain.forget()
             for module, _ in here:
                 del module.forward
 
 
-def _form_of(module: Any, norms: Fused, angles: _Angles) -> _Layer | None:
+def _form_of(module: Any, norms: Fused, angles: _Angles, chain: _Chain) -> _Layer | None:
     """The turned form of this layer, if it gives the same numbers on a probe."""
     try:
-        layer = _Layer(module, norms, angles)
+        layer = _Layer(module, norms, angles, chain)
         weights = [weight for weight in module.parameters() if weight.dim() > 1]
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, PROBE_ROWS, module.input_layernorm.weight.shape[0], generator=generator)

@@ -1,4 +1,5 @@
-/* A decoding step, for few rows, which are the last axis from layer to layer: products, norms, attention. */
+/* A decoding step, for few rows, which are the last axis from layer to layer: products, norms, attention, and layers of
+   them. */
 
 #include "common.h"
 
@@ -263,4 +264,23 @@ void attend(const Attention *a) {
             if (a->repeat - first == 2) attend_queries(a, head, row, first, 2, scores);
             if (a->repeat - first == 1) attend_queries(a, head, row, first, 1, scores);
         }
+}
+
+/* ---- whole layers ---- */
+
+typedef struct {
+    Before before;
+    Attention attention;
+    After after;
+} Layer;
+
+/* One after the other: each reads what the one before has put out, and so many tokens were written before. */
+void decode(const Layer *layers, size count, size written) {
+    for (const Layer *layer = layers; layer < layers + count; layer++) {
+        Attention attention = layer->attention;
+        attention.written = written;
+        before(&layer->before);
+        attend(&attention);
+        after(&layer->after);
+    }
 }
