@@ -93,7 +93,7 @@ INLINE void forward(const Pass *p, size sequence, size kv_head, float *room, siz
             for (size i = 0; i < rows; i++) {
                 float *of_i = scores + i * blocks;
                 size mine = seen - rows + i + 1;
-                p->sums[head * p->tokens + token + i] = softmax(of_i, mine, p->scaling);
+                p->sums[head * p->tokens + token + i] = softmax(of_i, 0, mine, p->scaling);
                 memset(of_i + mine, 0, (seen - mine) * sizeof(float));
                 memset(out + i * p->heads * D, 0, D * sizeof(float));
             }
@@ -138,11 +138,11 @@ INLINE void backward(const Pass *p, size part, size kv_head, float *room, size D
                 for (size i = 0; i < rows; i++) {
                     float *w = probs + i * blocks, *b = back + i * blocks, along = 0;
                     float sum = p->log_sum[head * p->tokens + token + i];
-                    size mine = seen - rows + i + 1;
+                    size mine = seen - rows + i + 1, whole = (mine + LANES - 1) / LANES * LANES; /* in the row's last block */
 #pragma omp simd reduction(+ : along)
                     for (size d = 0; d < D; d++) along += grad[i * wide + d] * out[i * wide + d];
 #pragma omp simd
-                    for (size at = 0; at < mine; at++) {
+                    for (size at = 0; at < whole; at++) {
                         w[at] = exponential(w[at] * p->scaling - sum);
                         b[at] = w[at] * (b[at] - along) * p->scaling;
                     }

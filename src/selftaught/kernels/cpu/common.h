@@ -92,17 +92,26 @@ INLINE void combine_all(const float *w, size w_i, size w_j, const float *m, size
     for (; d < D; d += LANES) combine(w, w_i, w_j, m + d, per_m, out + d, per_out, rows, count, 1);
 }
 
-/* softmax(scaling x), in place; returns the logarithm of its sum. */
-INLINE float softmax(float *x, size count, float scaling) {
-    float most = -INFINITY, sum = 0;
-    for (size i = 0; i < count; i++) most = x[i] > most ? x[i] : most;
-#pragma omp simd reduction(+ : sum)
-    for (size i = 0; i < count; i++) {
-        float e = exponential((x[i] - most) * scaling);
-        x[i] = e;
-        sum += e;
-    }
+/* softmax(scaling x) of the numbers [from, to), in place; returns the logarithm of its sum. Those around them up to whole
+   vectors become 0. */
+INLINE float softmax(float *x, size from, size to, float scaling) {
+    float lanes[LANES], most = -INFINITY, sum = 0;
+    size start = from / LANES * LANES, end = (to + LANES - 1) / LANES * LANES;
+    for (size i = start; i < from; i++) x[i] = -INFINITY;
+    for (size i = to; i < end; i++) x[i] = -INFINITY;
+    for (size lane = 0; lane < LANES; lane++) lanes[lane] = -INFINITY;
+    for (size i = start; i < end; i += LANES) /* a compiler would not change the order in which it compares */
+        for (size lane = 0; lane < LANES; lane++) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+    for (size lane = 0; lane < LANES; lane++) most = lanes[lane] > most ? lanes[lane] : most;
+    for (size lane = 0; lane < LANES; lane++) lanes[lane] = 0;
+    for (size i = start; i < end; i += LANES)
+        for (size lane = 0; lane < LANES; lane++) {
+            float e = exponential((x[i + lane] - most) * scaling);
+            x[i + lane] = e;
+            lanes[lane] += e;
+        }
+    for (size lane = 0; lane < LANES; lane++) sum += lanes[lane];
     float share = 1.0f / sum;
-    for (size i = 0; i < count; i++) x[i] *= share;
+    for (size i = start; i < end; i++) x[i] *= share;
     return most * scaling + logf(sum);
 }

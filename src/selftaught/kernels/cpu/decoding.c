@@ -242,7 +242,7 @@ INLINE void attend_queries(const Attention *a, size head, size row, size first, 
     for (size r = 0; r < count; r++) {
         float *of_r = scores + r * per_scores;
         memmove(of_r + length, of_r + P + begin, (end - begin) * sizeof(float));
-        softmax(of_r + start, length - start + end - begin, a->scaling);
+        softmax(of_r, start, length + end - begin, a->scaling);
     }
     memset(out, 0, count * D * sizeof(float));
     combine_all(scores + start, per_scores, 1, prompt_v + start * D, D, out, D, count, length - start, D);
