@@ -1,7 +1,7 @@
 """Decoder layers of a decoding step, by the loops of `cpu/decoding.c`: all in one call, or each in two.
 
-With a call for each of its parts the layers of a 135M model took 31 to 35 ms for 16 rows, with two for each layer 28:
-threads wait for Python less often.
+Threads wait for Python less often: with a call for each of its parts the layers of a 135M model took 31 to 35 ms for
+16 rows, with two for each layer 28; elsewhere 64 tokens took 4.98 s so, and 4.15 with one call for all of them.
 Shapes: B rows, which are the last axis, H hidden, I inner width, D of one head.
 """
 
