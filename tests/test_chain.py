@@ -92,7 +92,8 @@ def between(model: Any, what: Callable[[Tensor], Tensor]) -> None:
     rest.__class__ = Doing
 
 
-@pytest.mark.parametrize("what", [lambda x: 2 * x, lambda x: x.clone()], ids=["doubled", "copied"])
+@pytest.mark.parametrize("what", [lambda x: 2 * x, lambda x: x.mul_(2), lambda x: x.clone()],
+                         ids=["doubled", "in place", "copied"])
 def test_a_model_that_does_something_between_its_layers(what: Callable[[Tensor], Tensor], steps: list[int]) -> None:
     model = made()
     between(model, what)
@@ -100,26 +101,155 @@ def test_a_model_that_does_something_between_its_layers(what: Callable[[Tensor],
     assert not steps
 
 
-def test_a_model_that_begins_to_do_something_between_its_layers_is_refused(steps: list[int]) -> None:
+@pytest.mark.parametrize("what", [lambda x: 2 * x, lambda x: x.mul_(2)], ids=["doubled", "in place"])
+def test_a_model_that_begins_to_do_something_between_its_layers_is_refused(what: Callable[[Tensor], Tensor],
+                                                                           steps: list[int]) -> None:
     model = made()
     backbone = Backbone(model)
     decoded(backbone, READ)
     assert steps
-    between(model, lambda x: 2 * x)
-    with pytest.raises(RuntimeError, match="does something between its layers where it did nothing before"):
+    between(model, what)
+    with pytest.raises(RuntimeError, match=r"between its layers|single memory location"):
         decoded(backbone, READ)
 
 
-@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
-def test_whoever_looks_between_layers_sees_what_is_there(kind: str, steps: list[int]) -> None:
+def test_a_layer_with_angles_of_its_own(steps: list[int]) -> None:
+    model = made()
+    last = model.model.layers[2]
+
+    class Turning(type(last)):  # type: ignore[misc]
+        def __call__(self, hidden_states: Tensor, *given: Any, position_embeddings: Any, **named: Any) -> Any:
+            cos, sin = position_embeddings
+            return super().__call__(hidden_states, *given, position_embeddings=(cos, -sin), **named)
+
+    last.__class__ = Turning
+    torch.testing.assert_close(decoded(Backbone(model), READ).double(), reference(model, READ), **CLOSE)
+    assert not steps
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_layer_that_is_another_since(place: int) -> None:
+    model = made()
+    backbone = Backbone(model)
+    decoded(backbone, READ)
+    other = type(model.model.layers[place])(model.config, place).eval()
+    other.load_state_dict(made(seed=5).model.layers[place].state_dict())
+    model.model.layers[place] = other
+    for _ in range(2):
+        torch.testing.assert_close(decoded(backbone, READ).double(), reference(model, READ), **CLOSE)
+
+
+def test_layers_that_are_left_out_are_missed() -> None:
+    """No number comes of it that somebody could take for one."""
+    model = made()
+    backbone = Backbone(model)
+    with backbone.decoding():
+        cache = begun(backbone)
+        model.config.num_hidden_layers = 2
+        assert stepped(backbone, cache).isnan().all()
+    torch.testing.assert_close(decoded(backbone, READ).double(), reference(model, READ), **CLOSE)
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["a layer", "every module"])
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+def test_whoever_looks_between_layers_sees_what_is_there(before: bool, everywhere: bool, steps: list[int]) -> None:
     model, seen = made(), list[Tensor]()
     backbone = Backbone(model)
-    plain = decoded(backbone, READ)
-    count = len(steps)
-    place = model.model.layers[1] if kind == "register_forward_hook" else model.model.layers[2]
-    getattr(place, kind)(lambda module, *given: seen.append(given[-1] if torch.is_tensor(given[-1]) else given[0][0]))
-    assert decoded(backbone, READ).equal(plain)
-    assert len(steps) == count and len({x.sum().item() for x in seen[1:]}) == READ.shape[1]
+    plain, place = decoded(backbone, READ), model.model.layers[1]
+    count, modules = len(steps), torch.nn.modules.module
+
+    def look(module: Any, given: Any, out: Any = None) -> None:
+        if module is place and not (before and not given):
+            seen.append(given[0] if before else out)
+
+    if everywhere:
+        hook = (modules.register_module_forward_pre_hook if before else modules.register_module_forward_hook)(look)
+    else:
+        hook = (place.register_forward_pre_hook if before else place.register_forward_hook)(look)
+    with hook:
+        assert decoded(backbone, READ).equal(plain)
+    assert len(steps) == count and len(seen) == READ.shape[1] + 1 and not any(x.isnan().any() for x in seen)
+    assert decoded(backbone, READ).equal(plain) and len(steps) == 2 * count
+
+
+def test_one_decoding_inside_another() -> None:
+    model = made()
+    backbone, double = Backbone(model), reference(model, READ)
+    with backbone.decoding():
+        for _ in range(2):
+            torch.testing.assert_close(decoded(backbone, READ).double(), double, **CLOSE)
+
+
+def stepped(backbone: Backbone, cache: DecodeCache, **given: Any) -> Tensor:
+    hidden = backbone.run(torch.tensor([5, 6, 7]), cache.positions(), cache, **given)
+    cache.advance()
+    return hidden
+
+
+def begun(backbone: Backbone) -> DecodeCache:
+    """Of one row for each prompt, two of whose tokens were read."""
+    _, layers = backbone.prefill(PROMPTS)
+    cache = DecodeCache(layers, torch.tensor([len(prompt) for prompt in PROMPTS]), torch.arange(len(PROMPTS)))
+    stepped(backbone, cache)
+    stepped(backbone, cache)
+    return cache
+
+
+@pytest.mark.parametrize("change", ["other weights", "the same elsewhere"])
+def test_weights_that_stand_in_for_a_step(change: str, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = made(), list[Tensor]()
+    backbone = Backbone(model)
+    others = {name: 1.5 * parameter.detach() for name, parameter in model.named_parameters() if "layers.1.mlp" in name}
+    for by_layers in (False, True):
+        if by_layers:
+            monkeypatch.setattr(turned._Chain, "_by_loops", lambda *_: None)
+        with backbone.decoding():
+            cache = begun(backbone)
+            if change == "other weights":
+                found += [stepped(backbone, cache, weights=others), stepped(backbone, cache)]
+            else:
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.clone()
+                found += [stepped(backbone, cache), stepped(backbone, cache)]
+    assert len(steps) == 4 and found[0].equal(found[2]) and found[1].equal(found[3])
+
+
+def test_a_step_that_is_broken_off_while_it_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, found = Backbone(made()), list[Tensor]()
+    for broken in (True, False):
+        with backbone.decoding():
+            cache = begun(backbone)
+            while cache.written < loops.BLOCK:
+                stepped(backbone, cache)
+            if broken:
+                with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    patch.setattr(layer.Stack, "__init__", interrupted)
+                    stepped(backbone, cache)
+            found += [stepped(backbone, cache), stepped(backbone, cache)]
+    assert found[0].equal(found[2]) and found[1].equal(found[3])
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_one_cache_read_by_two_models_and_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second model may make the cache move, and steps may be under another mode than the first was."""
+    found = list[Tensor]()
+    for by_layers in (False, True):
+        if by_layers:
+            monkeypatch.setattr(turned._Chain, "_by_loops", lambda *_: None)
+        one, other = Backbone(made()), Backbone(made(seed=3))
+        with one.decoding(), other.decoding(), torch.inference_mode():
+            begun(other)
+            cache = begun(one)
+        with one.decoding(), other.decoding():
+            while cache.written < loops.BLOCK:
+                stepped(one, cache)
+            with torch.inference_mode():
+                found += [stepped(other, cache), stepped(one, cache)]
+            found.append(stepped(one, cache))
+    assert all(a.equal(b) for a, b in zip(found[:3], found[3:], strict=True))
 
 
 @pytest.mark.parametrize("patched", [0, 1, 2])
@@ -152,26 +282,45 @@ def test_nothing_outlives_the_decoding(ended: str) -> None:
     backbone, kept = Backbone(made()), list[Any]()
     try:
         with backbone.decoding():
-            _, layers = backbone.prefill(PROMPTS)
-            cache = DecodeCache(layers, torch.tensor([len(p) for p in PROMPTS]), torch.arange(len(PROMPTS)))
-            for _ in range(3):
-                hidden = backbone.run(torch.tensor([5, 6, 7]), cache.positions(), cache)
-                cache.advance()
-            held = cache.held()
-            assert held is not None and held is cache.held()
-            kept += [weakref.ref(x) for x in (hidden, *held[0][:4])]
-            del layers, cache, held, hidden
+            cache = begun(backbone)
+            hidden, held, chain = stepped(backbone, cache), cache.held(), backbone._turned._chain
+            assert held is not None and held is cache.held() and chain._stack is not None
+            kept += [weakref.ref(x) for x in (hidden, chain._stack, *held[0][:4])]
+            del cache, held, hidden
             if ended == "by a signal":
+                chain.through(chain._layers[0], *given_to(chain))
+                kept += [weakref.ref(x) for x in (chain._made, chain._passed)]
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         pass
     assert not any(reference() is not None for reference in kept)
 
 
-def test_a_step_of_the_same_cache_by_another_model() -> None:
-    """What a stack holds belongs to one model: a second one has its own."""
-    models = [made(), made(seed=3)]
-    backbones = [Backbone(model) for model in models]
-    for _ in range(2):
-        for backbone, model in zip(backbones, models, strict=True):
-            torch.testing.assert_close(decoded(backbone, READ).double(), reference(model, READ), **CLOSE)
+def given_to(chain: Any) -> tuple[Any, ...]:
+    """What its first layer may be given, of what it attends to now."""
+    cache, width = chain._of[0], chain._layers[0]._width
+    rows = cache.row_group.shape[0]
+    return torch.ones(1, rows, 32), (torch.ones(1, rows, width), torch.zeros(1, rows, width)), cache
+
+
+def test_what_a_cache_held_goes_while_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, alive = Backbone(made()), list[int]()
+    real = layer.Stack.__init__
+
+    def counted(self: layer.Stack, *given: Any) -> None:
+        alive.append(sum(reference() is not None for reference in before))
+        real(self, *given)
+
+    with backbone.decoding():
+        cache, before = begun(backbone), list[Any]()
+        while cache.written < loops.BLOCK - 1:
+            stepped(backbone, cache)
+        held = cache.held()
+        assert held is not None
+        before += [weakref.ref(x) for each in held.values() for x in (each.held_k, each.held_v)]
+        del held
+        monkeypatch.setattr(layer.Stack, "__init__", counted)
+        stepped(backbone, cache)
+        assert not alive
+        stepped(backbone, cache)
+    assert alive == [0]

@@ -80,7 +80,7 @@ class Stack:
                  width: int) -> None:
         """Of each layer its parts, scaling and window, and what it attends to.
 
-        It holds where all of that lies, and room: it is of no use when anything has moved.
+        It knows where all of that lies, and holds nothing of it but room: when anything has moved it must be made anew.
         """
         parts = [each for each, _, _ in layers]
         rows, height = held[0].held_k.shape[1], parts[0].norm.weight.shape[0]
@@ -98,7 +98,7 @@ class Stack:
                                               each.heads(width)[0], window, scaling)
             layer.after = _after(seen.view(-1)[: rows * each.out.weight.shape[1]].view(rows, -1), x, each, room, out)
             x = out
-        self._out, self._held = x, (layers, held, between, made, seen, scores, room)
+        self._out, self._room = x, (between, made, seen, scores, room)
 
     def step(self, x_HB: Tensor, cos_BD: Tensor, sin_BD: Tensor, written: int) -> Tensor:
         """What the last layer makes of x, (H, B), after so many tokens; keys and values of each row's are put down."""

@@ -22,7 +22,7 @@ def check() -> None:
     """Raises RuntimeError where a loop's numbers are not torch's."""
     draw = torch.Generator("cpu").manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):  # wherever the first caller may be
-        for part in (_layers, _decoding, _decoded_layer, _passes, _statistics, _divergences):
+        for part in (_layers, _decoding, _decoded_layer, _stacked, _passes, _statistics, _divergences):
             for name, ours, exact in part(draw):
                 gap = float((ours.double() - exact).abs().max())
                 if not gap <= CLOSE * float(exact.abs().max()):
@@ -90,13 +90,15 @@ def _decoding(draw: torch.Generator) -> Iterator[_Pair]:
     prompt_k, prompt_v = _drawn(draw, 2, 2, 80, loops.BLOCK), _drawn(draw, 2, 2, 9, 80)
     held_k, held_v = _drawn(draw, 2, 3, 80, loops.BLOCK), _drawn(draw, 2, 3, loops.BLOCK, 80)
     group, length, written = torch.tensor([0, 1, 1]), torch.tensor([9, 4]), 3
-    found = loops.attend(query, key, value, prompt_k, prompt_v, held_k, held_v, group, length, written, None, 0.2)
-    for row in range(3):
-        seen = int(length[group[row]])
-        keys = torch.cat([prompt_k[:, group[row], :, :seen], held_k[:, row, :, : written + 1]], -1).double()
-        values = torch.cat([prompt_v[:, group[row], :seen], held_v[:, row, : written + 1]], 1).double()
-        scores = query[:, row].double().view(2, 3, 80) @ keys * 0.2
-        yield "attend", found[row].view(2, 3, 80), scores.softmax(-1) @ values
+    for window in (None, 7):
+        found = loops.attend(query, key, value, prompt_k, prompt_v, held_k, held_v, group, length, written, window, 0.2)
+        for row in range(3):
+            seen = int(length[group[row]])
+            keys = torch.cat([prompt_k[:, group[row], :, :seen], held_k[:, row, :, : written + 1]], -1).double()
+            values = torch.cat([prompt_v[:, group[row], :seen], held_v[:, row, : written + 1]], 1).double()
+            keys, values = keys[..., -(window or 99) :], values[:, -(window or 99) :]
+            scores = query[:, row].double().view(2, 3, 80) @ keys * 0.2
+            yield "attend", found[row].view(2, 3, 80), scores.softmax(-1) @ values
 
 
 def _decoded_layer(draw: torch.Generator) -> Iterator[_Pair]:
@@ -118,6 +120,27 @@ def _decoded_layer(draw: torch.Generator) -> Iterator[_Pair]:
         inner = silu(normed @ gate.double().mT) * (normed @ up.double().mT)
         found = layer.after(seen, x, parts)
         yield "a layer after it", found.mT, middle + inner @ down.double().mT
+
+
+def _stacked(draw: torch.Generator) -> Iterator[_Pair]:
+    """Two layers in one call, beside each by its own calls, which were looked at before."""
+    x, (cos, sin), window = _drawn(draw, 40, 5), _drawn(draw, 2, 5, 16), 6
+    group, length, prompt, written = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([9, 4]), (2, 2, 16), 3
+    layers, held = list[tuple[layer.Parts, float, int | None]](), list[loops.Held]()
+    for _ in range(2):
+        norm, between = (layer.Norm(_drawn(draw, 40), 1e-6, 0.0) for _ in range(2))
+        linears = [layer.Linear(_drawn(draw, 16 * heads, 40) / 6, None) for heads in (4, 2, 2)]
+        mlp = (_drawn(draw, *shape) / 6 for shape in ((19, 40), (19, 40), (40, 19)))
+        layers.append((layer.Parts(norm, linears, [], layer.Linear(_drawn(draw, 40, 64) / 8, None), between, *mlp), 0.2,
+                       window))
+        held.append(loops.Held(_drawn(draw, *prompt, loops.BLOCK), _drawn(draw, 2, 2, 9, 16),
+                               _drawn(draw, 2, 5, 16, loops.BLOCK), _drawn(draw, 2, 5, loops.BLOCK, 16), group, length))
+    ours, exact = layer.Stack(layers, held, 16).step(x, cos, sin, written), x
+    for (parts, scaling, _), its in zip(layers, held, strict=True):
+        query, key, value = layer.before(exact, parts, cos, sin)
+        seen = loops.attend(query, key, value, *its, written, window, scaling)
+        exact = layer.after(seen.flatten(1), exact, parts)
+    yield "layers in one call", ours, exact.double()
 
 
 def _passes(draw: torch.Generator) -> Iterator[_Pair]:

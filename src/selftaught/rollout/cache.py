@@ -85,6 +85,7 @@ class DecodeCache:
         self._prompt = {layer: (_upright(key), value.contiguous()) for layer, (key, value) in prompts.items()}
         self._response: dict[int, tuple[Tensor, Tensor]] = {}  # (Hkv, B, D, capacity), (Hkv, B, capacity, D)
         self._held: dict[int, loops.Held] | None = None
+        self.moves = 0
         self._index_rows()
 
     def positions(self) -> Tensor:
@@ -105,11 +106,9 @@ class DecodeCache:
                       self._place, hidden, scaling)
 
     def held(self) -> Mapping[int, loops.Held] | None:
-        """All of it by layer, with room for one more token; None where that is nothing for the loops.
-
-        It is the same mapping for as long as nothing of it has moved.
-        """
+        """All of it by layer, with room for one more token; None where that is nothing for the loops."""
         if self._held is None or self.written >= next(iter(self._held.values())).held_k.shape[3]:
+            self._held, self.moves = None, self.moves + 1  # not held while it moves, so that each goes as it is copied
             group, lengths = self.row_group.long(), self.lengths.long()
             held = {layer: loops.Held(*prompt, *self._room(layer), group, lengths)
                     for layer, prompt in self._prompt.items()}

@@ -40,9 +40,10 @@ class Decodes(Attends, Protocol):
     """The same for one token of every row, from keys and values that the loops can read where they lie."""
 
     written: int
+    moves: int  # how often what `held` gives has moved
 
     def held(self) -> Mapping[int, loops.Held] | None:
-        """All of them by layer, with room for one more token, the same mapping for as long as nothing has moved."""
+        """All of them by layer, with room for one more token, if the loops can read it; until its tensors move."""
         ...
 
 

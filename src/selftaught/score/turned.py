@@ -10,6 +10,7 @@ Shapes: B rows, H hidden, D of one head, in the order of memory: x_HB.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -123,6 +124,7 @@ class _Layer:
             raise TypeError("a layer of other parts")
         self._gated = is_silu(self._mlp) and all(map(_plain, (
             self._mlp.gate_proj, self._mlp.up_proj, self._mlp.down_proj)))
+        self._modules = list(module.modules())
         self.attends: tuple[int, float, int | None] = (0, 1.0, None)  # its number, scaling and window
 
     def forward(self, hidden_states: Tensor, *rest: Any, position_embeddings: Any = None,
@@ -141,6 +143,13 @@ class _Layer:
     def hooked(self) -> bool:
         """Does somebody look at what goes in or comes out?"""
         return bool(self._module._forward_hooks or self._module._forward_pre_hooks)
+
+    def weights(self) -> Iterator[int]:
+        """Where they lie; others may stand in for them, and come back."""
+        for module in self._modules:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    yield parameter.data_ptr()
 
     def run(self, x_HB: Tensor, tables: tuple[Tensor, Tensor], segments: Attends) -> Tensor:
         """The layer itself: (H, B) to (H, B)."""
@@ -194,15 +203,22 @@ class _Layer:
 
 
 class _Chain:
-    """All layers of a model: one call of the loops, once a step has shown that each is handed the last one's output.
+    """All layers of a model: one call of the loops, once a pass has shown that each is handed the last one's output.
 
-    The first of them gives what the last would, and the others hand it on.
+    The first of them makes it all and the last one gives it out. What goes from hand to hand between them is no number,
+    and cannot be written to: whoever does something with it will know.
     """
 
     def __init__(self) -> None:
         self._layers: list[_Layer] = []
         self._follow = False  # is each one's output handed to the next as it is, with the same angles?
-        self.forget()
+        self._shown: list[_Layer] = []
+        self._last: tuple[Any, Any, Any] = None, None, None  # the last one's output, its numbers, and the angles
+        self._made: Tensor | None = None  # what the last of them will give out
+        self._passed: Tensor | None = None  # what the others hand on
+        self._at = 0  # the one that is handed it next
+        self._stack: by_loops.Stack | None = None
+        self._of: tuple[Any, ...] = ()  # what it attends to, as it lies, and where its weights lie
 
     def begin(self, layers: list[_Layer]) -> None:
         """These are the layers, in some order."""
@@ -211,50 +227,70 @@ class _Chain:
 
     def forget(self) -> None:
         """What was made: nothing of it outlives the decoding."""
-        self._shown: list[_Layer] = []
-        self._last: tuple[Any, Any] = None, None  # the last one's output and angles
-        self._made: Tensor | None = None  # of all of them
-        self._stack: by_loops.Stack | None = None
-        self._of: Any = None  # what the stack attends to
+        self._shown, self._last = [], (None, None, None)
+        self._made = self._passed = self._stack = None
+        self._of = ()
 
     def through(self, layer: _Layer, hidden: Tensor, tables: tuple[Tensor, Tensor], segments: Attends) -> Tensor:
-        """(1, B, H) to (1, B, H)."""
+        """(1, B, H) to (1, B, H). Raises RuntimeError where a model has ceased to hand on what it is given."""
         first = self._follow and layer is self._layers[0]
         if self._made is not None and not first:
-            if hidden is not self._made:
-                raise RuntimeError("a model that now does something between its layers where it did nothing before")
-            return hidden
+            return self._hand_on(layer, hidden)
         self._made, x_HB = None, hidden[0].t().contiguous()
-        if first and (made := self._by_loops(x_HB, tables, segments)) is not None:
-            self._made = made.t()[None]
-            return self._made
+        if first and len(self._layers) > 1 and (made := self._by_loops(x_HB, tables, segments)) is not None:
+            self._made, self._at = made.t()[None], 1
+            self._passed = x_HB.new_full((1, 1, 1), math.nan).expand(self._made.shape)
+            return self._passed
         out = layer.run(x_HB, tables, segments).t()[None]
         if not self._follow:
-            follows = hidden is self._last[0] and tables is self._last[1]
+            before, numbers, angles = self._last
+            follows = hidden is before and tables is angles and hidden.equal(numbers)
             self._shown = [*self._shown, layer] if follows else [layer]
-            self._last = out, tables
-            self._follow = self._shown == self._layers
+            self._last = out, out.clone(), tables
+            if self._shown == self._layers:
+                self._follow, self._last = True, (None, None, None)
         return out
 
+    def _hand_on(self, layer: _Layer, hidden: Tensor) -> Tensor:
+        if hidden is not self._passed or layer is not self._layers[self._at]:
+            raise RuntimeError("a model that now does something between its layers where it did nothing before")
+        self._at += 1
+        if self._at < len(self._layers):
+            return hidden
+        made, self._made, self._passed = self._made, None, None
+        assert made is not None
+        return made
+
     def _by_loops(self, x_HB: Tensor, tables: tuple[Tensor, Tensor], segments: Attends) -> Tensor | None:
-        if not isinstance(segments, Decodes) or (held := segments.held()) is None:
+        if _looked_at(self._layers) or not isinstance(segments, Decodes):
+            return None
+        if (held := segments.held()) is None:
             return None
         cos, sin = (table[0] for table in tables)
-        if held is not self._of:
-            self._of = held
+        of = segments, segments.moves, *(at for layer in self._layers for at in layer.weights())
+        if of != self._of:
+            self._stack, self._of = None, ()
             self._stack = self._stacked(x_HB, cos, sin, held)
+            self._of = of
         return None if self._stack is None else self._stack.step(x_HB, cos, sin, segments.written)
 
     def _stacked(self, x_HB: Tensor, cos: Tensor, sin: Tensor, held: Mapping[int, loops.Held]) -> by_loops.Stack | None:
-        """All of them, where the loops take each and nobody looks at what is between them."""
+        """All of them, where the loops take each."""
         layers, ours = [], []
         for layer in self._layers:
             parts, (number, scaling, window) = layer.parts(x_HB, cos, sin), layer.attends
-            if parts is None or layer.hooked or number not in held:
+            if parts is None or number not in held:
                 return None
             layers.append((parts, scaling, window))
             ours.append(held[number])
-        return by_loops.Stack(layers, ours, cos.shape[1])
+        with torch.inference_mode(False), torch.no_grad():  # its room is written to wherever a step may be
+            return by_loops.Stack(layers, ours, cos.shape[1])
+
+
+def _looked_at(layers: list[_Layer]) -> bool:
+    """Does anybody see what is between these?"""
+    everywhere = torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks
+    return bool(everywhere) or any(layer.hooked for layer in layers)
 
 
 def _plain(linear: Any) -> bool:
@@ -303,14 +339,18 @@ class TurnedLayers:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Inside this block the model's layers are the turned ones."""
-        here = [(module, layer) for module, layer in self._layers or () if "forward" not in vars(module)]
-        self._chain.begin([layer for _, layer in here])
+        parts = set(self._model.modules())
+        here = [(module, layer) for module, layer in self._layers or ()
+                if module in parts and "forward" not in vars(module)]
+        if here:  # or this is inside another such block
+            self._chain.begin([layer for _, layer in here])
         try:
             for module, layer in here:
                 module.forward = layer.forward
             yield
         finally:
-            self._chain.forget()
+            if here:
+                self._chain.forget()
             for module, _ in here:
                 del module.forward
 
