@@ -898,8 +898,8 @@ MUTANTS = [
     Mutant(
         "run_folder_is_no_recipe",
         "recipe.py",
-        'path / "run.yaml", {"out": recipe}',
-        'path / "run.yaml", {}',
+        '({"out": str(_named(recipe))} if of_run else {})',
+        "{}",
         "test_cli.py test_resume.py",
     ),
     Mutant(
@@ -923,6 +923,62 @@ MUTANTS = [
         "",
         "test_bad_input.py",
     ),
+    Mutant(
+        "chain_looks_at_no_number",
+        "score/turned.py",
+        "tables is angles and hidden.equal(numbers)",
+        "tables is angles",
+        "test_chain.py",
+    ),
+    Mutant(
+        "chain_looks_at_no_angles",
+        "score/turned.py",
+        "hidden is before and tables is angles and",
+        "hidden is before and",
+        "test_chain.py",
+    ),
+    Mutant(
+        "chain_keeps_the_weights_of_its_first_step",
+        "score/turned.py",
+        "segments.moves, *(at for layer in self._layers for at in layer.weights())",
+        "segments.moves",
+        "test_chain.py",
+    ),
+    Mutant(
+        "chain_reads_where_keys_were",
+        "score/turned.py",
+        "of = segments, segments.moves, *(",
+        "of = segments, *(",
+        "test_chain.py",
+    ),
+    Mutant(
+        "chain_under_a_hook",
+        "score/turned.py",
+        "if _looked_at(self._layers) or not isinstance",
+        "if not isinstance",
+        "test_chain.py",
+    ),
+    Mutant(
+        "chain_outlives_the_decoding",
+        "score/turned.py",
+        "self._made = self._passed = self._stack = None\n        self._of",
+        "self._stack = None\n        self._of",
+        "test_chain.py",
+    ),
+    Mutant(
+        "chain_of_layers_that_are_gone",
+        "score/turned.py",
+        'if module in parts and "forward"',
+        'if "forward"',
+        "test_chain.py",
+    ),
+    Mutant(
+        "softmax_of_what_stands_before_a_window",
+        "kernels/cpu/common.h",
+        "for (size i = start; i < from; i++) x[i] = -INFINITY;",
+        "",
+        "test_loops.py test_chain.py",
+    ),
 ]
 
 
@@ -937,6 +993,8 @@ def caught(mutant: Mutant, folder: Path) -> str:
         done = run_tests(mutant.tests, folder)
     finally:
         path.write_text(source, encoding="utf-8")
+    if done.returncode < 0:  # ended by a signal: a fault that reads or writes what is no longer there
+        return f"a crash (signal {-done.returncode})"
     if done.returncode not in (0, 1):
         raise SystemExit(f"{mutant.name}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     failed = re.findall(r"^(?:FAILED|ERROR) \S*?tests/(\S+)", done.stdout, re.MULTILINE)
