@@ -11,10 +11,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selftaught.errors import UserError
 from selftaught.optim import Checkpoints, OptimConfig, Optimizer, Teachers, learning_rate
 from selftaught.optim.optimizer import decays
+from selftaught.optim.teachers import PIECE
 from selftaught.records import View
 
 
@@ -488,6 +490,29 @@ def test_distance_is_relative_to_the_students_norm() -> None:
         student.weight.copy_(torch.tensor([[3.0, 4.0]]))
     teachers.update(0)
     assert teachers.distances() == pytest.approx({"teacher/initial/distance": 0.8, "teacher/ema/distance": 0.4})
+
+
+def test_distances_are_found_without_a_tensor_as_large_as_an_embedding() -> None:
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made = [x.untyped_storage() for x in (out if isinstance(out, list | tuple) else [out])]
+            self.numbers = max([self.numbers, *(x.nbytes() // 4 for x in made if x.data_ptr() not in given)])
+            return out
+
+    student = nn.Linear(2 * PIECE + 5, 1, bias=False)
+    teachers = Teachers({"teacher": View("ema", rate=0.5)}, student)
+    with torch.no_grad():
+        student.weight.normal_(generator=torch.Generator().manual_seed(0))
+    kept = teachers.state_tensors()["ema/weight"]
+    exact = float((student.weight.detach().double() - kept.double()).norm() / student.weight.detach().double().norm())
+    given = {x.untyped_storage().data_ptr() for x in (student.weight, kept)}
+    with Largest() as largest:
+        found = teachers.distances()
+    assert found == {"teacher/ema/distance": pytest.approx(exact, rel=1e-5)}
+    assert 0 < largest.numbers <= PIECE
 
 
 def test_teachers_refuse_wrong_rates_and_another_runs_tensors() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -14,6 +14,7 @@ from selftaught.errors import UserError, nearest
 from selftaught.records import Context, View
 
 _KEPT = ("initial", "ema", "snapshot")
+PIECE = 2**21  # numbers of a difference at a time: a whole embedding's would be the peak of a step's memory
 _Key = tuple[str, float]  # kind, and its rate or interval
 
 
@@ -83,11 +84,12 @@ class Teachers:
         Where one kind is kept with several rates or intervals, KIND carries it: `ema-0.05`.
         """
         live = self._live()
-        size = math.hypot(*(float(live[n].norm()) for n in self._parameters))
+        size = _norm(piece for n in self._parameters for piece in _pieces(live[n])) if self._labels else 0.0
         found = {}
         for key, label in self._labels.items():
             kept = self._average.get(key, self._served[key])
-            gap = math.hypot(*(float((live[n].to(kept[n].dtype) - kept[n]).norm()) for n in self._parameters))
+            gap = _norm(s.to(t.dtype) - t for n in self._parameters
+                        for s, t in zip(_pieces(live[n]), _pieces(kept[n]), strict=True))
             found[f"teacher/{label}/distance"] = gap / size if size > 0 else gap
         return found
 
@@ -131,6 +133,16 @@ class Teachers:
         """The student's own tensors that a teacher must keep, detached."""
         live = dict(self._student.named_parameters()) | dict(self._student.named_buffers())
         return {name: live[name].detach() for name in (*self._parameters, *self._buffers)}
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    return tensor.flatten().split(PIECE)
+
+
+def _norm(pieces: Iterable[Tensor]) -> float:
+    """l2 over all numbers of all pieces."""
+    norms = [piece.norm().float() for piece in pieces]
+    return math.hypot(*torch.stack(norms).tolist()) if norms else 0.0
 
 
 def check_views(views: Mapping[str, View]) -> None:
