@@ -15,12 +15,14 @@ typedef int64_t size;
 #define BLOCK 32    /* keys that are scored at a time */
 #define PARTS 4     /* vectors of a value that are summed at a time */
 #define LINE 16     /* numbers of a line of the cache */
-#define ROWS 8      /* of a weight at a time: more would share a set of the cache, where they lie 4 KiB apart */
+#define FEWER 4     /* rows of a weight at a time where no whole ROWS are left */
 #ifdef __AVX512F__
 #define PANEL 16    /* columns at a time: a vector */
+#define ROWS 12     /* of a weight at a time */
 #define QUERIES 6   /* at a time, as many as leave registers for the rest */
 #else
 #define PANEL 8
+#define ROWS 8
 #define QUERIES 4
 #endif
 #define INLINE static inline __attribute__((always_inline))
