@@ -60,35 +60,48 @@ def norm(x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
     return y
 
 
-def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the weight, from that of `norm`."""
+def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, root: Tensor, added: Tensor | None = None
+                  ) -> tuple[Tensor, Tensor]:
+    """The gradients of x, on top of what is `added`, and of the weight, from that of `norm`."""
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
-    threads, width = torch.get_num_threads(), x.shape[-1]
+    threads, width, more = torch.get_num_threads(), x.shape[-1], None if added is None else added.data_ptr()
     of_x, of_weight = empty_like(x), x.new_empty(threads, width)
-    library().norm_backward(*_at(grad, x, weight, root, of_x, of_weight), x.numel() // width, width, threads)
+    library().norm_backward(*_at(grad, x, weight, root), more, *_at(of_x, of_weight), x.numel() // width, width,
+                            threads)
     return of_x, of_weight.sum(0)
 
 
 def gate(gated: Tensor, raised: Tensor, inplace: bool = False) -> Tensor:
-    """silu(gated) raised, in the memory of `gated` if asked for."""
-    out = gated if inplace else empty_like(gated)
-    library().gate(*_at(gated, raised, out), gated.numel(), torch.get_num_threads())
+    """silu(gated) raised, (..., I), in the memory of `gated` if asked for; of two matrices rows may be apart alike."""
+    out, width = gated if inplace else empty(*gated.shape), gated.shape[-1]
+    library().gate(*_at(gated, raised, out), gated.numel() // width, width, _apart(gated), _apart(out),
+                   torch.get_num_threads())
     return out
 
 
-def gate_backward(gated: Tensor, raised: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of both from that of `gate`, which becomes the gate's output in place."""
-    of_gated, of_raised = empty_like(gated), empty_like(gated)
-    library().gate_backward(*_at(gated, raised, grad, of_gated, of_raised), gated.numel(), torch.get_num_threads())
+def gate_backward(gated: Tensor, raised: Tensor, grad: Tensor, joined: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The gradients of both from that of `gate`, which becomes the gate's output in place.
+
+    Where the two are halves of one matrix, so are their gradients, of `joined` (n, 2 I).
+    """
+    of_gated, of_raised = (empty_like(gated), empty_like(gated)) if joined is None else joined.chunk(2, -1)
+    width = gated.shape[-1]
+    library().gate_backward(*_at(gated, raised, grad, of_gated, of_raised), gated.numel() // width, width,
+                            _apart(gated), torch.get_num_threads())
     return of_gated, of_raised
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+def _apart(x: Tensor) -> int:
+    """Numbers between neighbouring rows."""
+    return x.stride(-2) if x.dim() > 1 else x.shape[-1]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False, inplace: bool = False) -> Tensor:
     """x cos + rotate_half(x) sin of x (heads, n, D), in any order of memory whose last axis is D; cos and sin (n, D).
 
-    `back` takes its gradient to that of x.
+    `back` takes its gradient to that of x. In the memory of x if asked for; it need not be dense then.
     """
-    out = empty_like(x)
+    out = x if inplace else empty_like(x)
     library().rotate(*_at(x, cos, sin, out), *x.shape, *x.stride()[:2], back, torch.get_num_threads())
     return out
 
@@ -154,7 +167,8 @@ class _Pass(ctypes.Structure):
             "first", "made", "sums", "of_query", "of_key", "of_value", "before", "room")),
         *((name, ctypes.c_int64) for name in (
             "sequences", "parts", "longest", "heads", "kv_heads", "tokens", "width", "space", "query_head",
-            "query_token", "key_head", "key_token", "value_head", "value_token")),
+            "query_token", "key_head", "key_token", "value_head", "value_token", "of_query_token",
+            "of_key_token")),
         ("scaling", ctypes.c_float), ("threads", ctypes.c_int),
     ]  # fmt: skip
 
@@ -170,15 +184,21 @@ def attend_pass(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scali
 
 
 def attend_pass_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor,
-                         layout: Layout, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, in the order of memory of (T, heads, D), from that of `attend_pass`."""
+                         layout: Layout, scaling: float, joined: Tensor | None = None
+                         ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, in the order of memory of (T, heads, D), from that of `attend_pass`.
+
+    They are put into `joined` (T, Hq + 2 Hkv, D), one beside the other, if it is given.
+    """
     tokens, width = query.shape[1:]
-    made = [empty(tokens, x.shape[0], width) for x in (query, key, value)]
+    counts = query.shape[0], key.shape[0], value.shape[0]
+    made = [empty(tokens, n, width) for n in counts] if joined is None else joined.split(counts, 1)
     first = layout.parts(key.shape[0])
     before = empty(first.shape[0] - 1, key.shape[0], 2, layout.longest, width)
     given, _room = _pass(query, key, value, layout, scaling, first.shape[0] - 1, 5, 2)
     given.grad, given.out, given.log_sum, given.first, given.before = _at(grad, out, sums, first, before)
     given.of_query, given.of_key, given.of_value = _at(*made)
+    given.of_query_token, given.of_key_token = made[0].stride(0), made[1].stride(0)
     given.parts, given.longest = first.shape[0] - 1, layout.longest
     library().attend_pass_backward(ctypes.byref(given))
     return made[0].transpose(0, 1), made[1].transpose(0, 1), made[2].transpose(0, 1)
@@ -377,8 +397,8 @@ def _declare(library: Any) -> None:
     at, size, real, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     given = {
         "inverse_root": [at] * 2 + [size, size, real, whole], "norm": [at] * 4 + [size, size, whole],
-        "norm_backward": [at] * 6 + [size, size, whole], "gate": [at] * 3 + [size, whole],
-        "gate_backward": [at] * 5 + [size, whole],
+        "norm_backward": [at] * 7 + [size, size, whole], "gate": [at] * 3 + [size] * 4 + [whole],
+        "gate_backward": [at] * 5 + [size] * 3 + [whole],
         "outer": [at] * 3 + [size] * 3 + [whole, whole], "rotate": [at] * 4 + [size] * 5 + [whole, whole],
         "norm_turned": [at] * 4 + [size] * 3 + [real, real], "rotate_turned": [at] * 4 + [size] * 3,
         "row_statistics": [at, at, size, size, at, whole], "row_sampled_gradient": [at] * 5 + [size, size, whole],

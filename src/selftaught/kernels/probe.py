@@ -58,12 +58,15 @@ def _layers(draw: torch.Generator) -> Iterator[_Pair]:
     for name, ours, exact in zip(("of x", "of w"), loops.norm_backward(grad, x, weight, root), (of_x, of_weight),
                                  strict=True):
         yield f"norm's gradient {name}", ours, exact
+    yield "norm's gradient on top", loops.norm_backward(grad, x, weight, root, up)[0], of_x + up
     value, *slopes = _exact(lambda g, u: silu(g) * u, grad, x, up)
-    again = grad.clone()
-    yield "gate", loops.gate(x, up), value
-    for ours, exact in zip(loops.gate_backward(x, up, again), slopes, strict=True):
-        yield "gate's gradient", ours, exact
-    yield "gate again", again, value
+    halves = torch.cat([x, up], -1)
+    for joined in (None, torch.empty_like(halves)):  # each by itself, and halves of one matrix
+        (gated, raised), again = (x, up) if joined is None else halves.chunk(2, -1), grad.clone()
+        yield "gate", loops.gate(gated, raised), value
+        for ours, exact in zip(loops.gate_backward(gated, raised, again, joined), slopes, strict=True):
+            yield "gate's gradient", ours, exact
+        yield "gate again", again, value
     a, b, before = _drawn(draw, 5, 21), _drawn(draw, 5, 80), _drawn(draw, 21, 80)
     exact = a.double().t() @ b.double()
     yield "outer", loops.outer(before.clone(), a, b), before.double() + exact
@@ -72,6 +75,8 @@ def _layers(draw: torch.Generator) -> Iterator[_Pair]:
     value, of_x, *_ = _exact(_rotated, grad, heads, cos, sin)
     yield "rotate", loops.rotate(heads, cos, sin), value
     yield "rotate's gradient", loops.rotate(grad, cos, sin, back=True), of_x
+    yield "rotate in place", loops.rotate(heads.clone(), cos, sin, inplace=True), value
+    yield "rotate's gradient in place", loops.rotate(grad.clone(), cos, sin, back=True, inplace=True), of_x
 
 
 def _decoding(draw: torch.Generator) -> Iterator[_Pair]:
@@ -156,10 +161,12 @@ def _passes(draw: torch.Generator) -> Iterator[_Pair]:
 
     out, sums = loops.attend_pass(query, key, value, layout, 0.2)
     exact = _exact(attended, grad, query, key, value)
-    slopes = loops.attend_pass_backward(grad.transpose(0, 1).contiguous(), query, key, value, out, sums, layout, 0.2)
     yield "attend_pass", out.transpose(0, 1), exact[0]
-    for ours, wanted in zip(slopes, exact[1:], strict=True):
-        yield "attend_pass's gradient", ours, wanted
+    for joined in (None, query.new_empty(51, 10, 80)):
+        slopes = loops.attend_pass_backward(
+            grad.transpose(0, 1).contiguous(), query, key, value, out, sums, layout, 0.2, joined)
+        for ours, wanted in zip(slopes, exact[1:], strict=True):
+            yield "attend_pass's gradient", ours, wanted
 
 
 def _statistics(draw: torch.Generator) -> Iterator[_Pair]:

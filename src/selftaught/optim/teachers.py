@@ -12,6 +12,7 @@ from torch.nn import Module
 
 from selftaught.errors import UserError, nearest
 from selftaught.records import Context, View
+from selftaught.tensors import in_a_row
 
 _KEPT = ("initial", "ema", "snapshot")
 PIECE = 2**21  # numbers of a difference at a time: a whole embedding's would be the peak of a step's memory
@@ -37,7 +38,7 @@ class Teachers:
         kept = [key for key in dict.fromkeys(self._keys.values()) if key[0] in _KEPT]
         kinds = [kind for kind, _ in kept]
         self._labels = {key: key[0] if kinds.count(key[0]) == 1 else f"{key[0]}-{key[1]:g}" for key in kept}
-        self._served = {key: {n: t.clone() for n, t in self._live().items()} for key in kept}
+        self._served = {key: _copied(self._live()) for key in kept}
         self._average: dict[_Key, dict[str, Tensor]] = {}  # the very tensors served, where those are wide enough
         for key in kept:
             if key[0] == "ema":
@@ -133,6 +134,11 @@ class Teachers:
         """The student's own tensors that a teacher must keep, detached."""
         live = dict(self._student.named_parameters()) | dict(self._student.named_buffers())
         return {name: live[name].detach() for name in (*self._parameters, *self._buffers)}
+
+
+def _copied(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    row = in_a_row(live)
+    return {name: row[name] if name in row else tensor.clone() for name, tensor in live.items()}
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:

@@ -200,7 +200,7 @@ class Segments:
             for length in group.responses:
                 sequences += [(at, length, self.common, group.start, group.prompt)] if length else []
                 at += length
-        self._layout_of_pass = loops.Layout.of(sequences)
+        self.sequences = loops.Layout.of(sequences)
         for group in packed.groups:
             written = sum(group.responses)
             self._sizes += [group.prompt, written]
@@ -209,7 +209,7 @@ class Segments:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
                window: int | None) -> Tensor:
         if self._by_loops(query, key, value, window):
-            looped: Tensor = run(_Looped, query, key, value, self._layout_of_pass, scaling)
+            looped: Tensor = run(_Looped, query, key, value, self.sequences, scaling)
             return looped
         repeat = query.shape[0] // key.shape[0]
         if repeat > 1 and not _shares_heads(query):
@@ -222,8 +222,12 @@ class Segments:
     def _by_loops(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> bool:
         """Do the compiled loops compute this? They know heads of whole vectors and one width, and no window."""
         inputs = query, key, value
-        return (window is None or window >= self._layout_of_pass.most) and key.shape == value.shape \
+        return self.sees_all(window) and key.shape == value.shape \
             and all(x.stride(-1) == 1 for x in inputs) and loops.usable(*inputs) and loops.attends(query.shape[-1])
+
+    def sees_all(self, window: int | None) -> bool:
+        """Does no token stand out of another's sight for the window alone?"""
+        return window is None or window >= self.sequences.most
 
     def cut(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> list[_Piece]:
         """The common prefix, and prompt and responses of each group, each with all that it attends to."""

@@ -24,6 +24,7 @@ from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
 from selftaught.score.export import exported
 from selftaught.score.fused import Fused
+from selftaught.score.layers import packed_layers
 from selftaught.score.turned import TurnedLayers
 from selftaught.tensors import Packed, is_wide, pack, upcast
 from selftaught.vocabulary import Head, project
@@ -71,6 +72,7 @@ class Backbone:
         recurrent = "cache_params" in inspect.signature(self._base.forward).parameters  # as Mamba calls its state
         self._cache = "cache_params" if recurrent else "past_key_values"
         with torch.no_grad(), self._attention(NAME):
+            self._fused.add(packed_layers(model, self._fused))
             self._turned.prepare()  # on the weights of the start: a run that resumes decides the same
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -95,6 +95,7 @@ class Fused:
         self._rotaries: dict[str, Callable[..., Any]] = {}  # by model file, the function in place of its own
         self._embeddings = [(module, partial(_embedded, module)) for module in own
                             if type(module) is nn.Embedding and module.max_norm is None]
+        self._placed: dict[nn.Module, Callable[..., Tensor]] = {}  # while they are installed
         self._open = False
         self.adds: Adds = None  # if any, embeddings and products add to the gradient that is there, or make it in here
         known: dict[tuple[Any, ...], Callable[..., Tensor] | None] = {}
@@ -115,6 +116,14 @@ class Fused:
         forms: dict[nn.Module, Any] = {other: form for other, form in self._forwards if form.func is _norm}
         return dict(forms[module].keywords)
 
+    def add(self, forms: Iterable[tuple[nn.Module, Callable[..., Tensor]]]) -> None:
+        """Further modules, whole layers of them, and what is called in place of their forward."""
+        self._forwards += [(module, partial(form)) for module, form in forms]
+
+    def form(self, module: nn.Module) -> Callable[..., Tensor] | None:
+        """What stands in for the module's own forward while these are installed."""
+        return self._placed.get(module)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Inside this block the model's modules are the fused ones; a block inside another changes nothing more."""
@@ -130,17 +139,18 @@ class Fused:
         before = {file: vars(file)[ROTARY] for file in files}
         self._open = True
         try:
-            for module, forward in new:
+            self._placed = {module: forward for module, forward in new if "forward" not in vars(module)}
+            for module, forward in self._placed.items():
                 module.forward = forward
             for file, function in files.items():
                 setattr(file, ROTARY, function)
             yield
         finally:
-            self._open = False
             for file, function in before.items():
                 setattr(file, ROTARY, function)
-            for module, _ in new:
+            for module in self._placed:
                 del module.forward
+            self._open, self._placed = False, {}
 
 
 def _multiplies(module: nn.Module) -> bool:

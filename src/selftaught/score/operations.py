@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from selftaught.kernels import loops
-from selftaught.tensors import fast_linear, turned, turns
+from selftaught.tensors import fast_linear, together, turned, turns
 
 VECTORS = 32  # numbers that torch's elementwise loops take at a time
 _MADE_OF = "_made_of"  # an attribute of a norm's result
@@ -123,7 +123,7 @@ class Gated(torch.autograd.Function):
             inner = _gate(turned(x, gate), turned(x, up), inplace=True)
             return fast_linear(inner.t().contiguous(), down)
         gated, raised = fast_linear(x, gate), fast_linear(x, up)
-        ctx.into = tuple(_into(weight, adds) for weight in (gate, up, down))
+        ctx.into = tuple(into_of(weight, adds) for weight in (gate, up, down))
         ctx.save_for_backward(gated, raised, gate, up, down, *_kept(x, source))
         return fast_linear(_gate(gated, raised, inplace=not trains), down)
 
@@ -167,7 +167,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, source: Source, adds: Adds) -> Tensor:
-        ctx.into = _into(weight, adds)
+        ctx.into = into_of(weight, adds)
         ctx.save_for_backward(weight, *(_kept(x, source) if ctx.needs_input_grad[1] else ()))
         return fast_linear(x, weight)
 
@@ -180,9 +180,17 @@ class Linear(torch.autograd.Function):
         return of_x, of_weight, None, None
 
 
-def _into(weight: Tensor, adds: Adds) -> _Into:
+def into_of(weight: Tensor, adds: Adds) -> _Into:
     """Where the weight's gradient is added, and the memory for it, if there is any, while it has none."""
     return None if adds is None else (weight, adds.get(id(weight)))
+
+
+def _addable(into: _Into) -> Tensor | None:
+    """The parameter, if its gradient is one that nobody is told of."""
+    parameter = None if into is None else into[0]
+    hooked = parameter is None or not parameter.is_leaf or parameter._backward_hooks \
+        or parameter._post_accumulate_grad_hooks
+    return None if hooked else parameter
 
 
 def _of_weight(grad: Tensor, x: Tensor, into: _Into) -> Tensor | None:
@@ -190,23 +198,67 @@ def _of_weight(grad: Tensor, x: Tensor, into: _Into) -> Tensor | None:
 
     `into` holds the parameter itself: what a recomputed layer saved of it is a copy without a gradient.
     """
-    parameter, room = into or (None, None)
-    if parameter is None or not parameter.is_leaf or parameter._backward_hooks or \
-            parameter._post_accumulate_grad_hooks:
+    parameter = _addable(into)
+    if into is None or parameter is None:
         return grad.t() @ x
-    grad, x = grad.contiguous(), x.contiguous()
+    grad, x, room = grad.contiguous(), x.contiguous(), into[1]
     if parameter.grad is not None:
-        if loops.accumulates(parameter.grad, grad, x):
-            loops.outer(parameter.grad, grad, x)
-        else:
-            parameter.grad.addmm_(grad.t(), x)
+        _add_product(parameter.grad, grad, x, fresh=False)
     elif room is None:
         return grad.t() @ x
-    elif loops.accumulates(room, grad, x):
-        parameter.grad = loops.outer(room, grad, x, fresh=True)
     else:
-        parameter.grad = torch.mm(grad.t(), x, out=room)
+        parameter.grad = _add_product(room, grad, x, fresh=True)
     return None
+
+
+def _add_product(out: Tensor, grad: Tensor, x: Tensor, fresh: bool) -> Tensor:
+    """out + grad^T x in place, or the product alone."""
+    if loops.accumulates(out, grad, x):
+        return loops.outer(out, grad, x, fresh=fresh)
+    return torch.mm(grad.t(), x, out=out) if fresh else out.addmm_(grad.t(), x)
+
+
+def joint_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """x W^T of all weights side by side, (n, sum of M): one product where they lie in a row."""
+    whole = together(*weights)
+    return torch.cat([fast_linear(x, w) for w in weights], 1) if whole is None else fast_linear(x, whole)
+
+
+def joint_backward(grad: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The gradient of x from that of `joint_linear`."""
+    whole = together(*weights)
+    if whole is not None:
+        return fast_linear(grad, whole.t())
+    first, *rest = (fast_linear(g, w.t()) for g, w in zip(_parts(grad, weights), weights, strict=True))
+    for more in rest:
+        first.add_(more)
+    return first
+
+
+def of_weights(grad: Tensor, x: Tensor, weights: Sequence[Tensor], into: Sequence[_Into], needs: Sequence[bool]
+               ) -> list[Tensor | None]:
+    """The gradients of the weights of `joint_linear`; None of each that was added to what is there, or needs none.
+
+    `into` is as `into_of` says. Where all of them are added and lie in a row, by one product.
+    """
+    parameters = [parameter for each in into if (parameter := _addable(each)) is not None]
+    if all(needs) and len(parameters) == len(weights):
+        held: list[Any] = [(each[0].grad, each[1]) for each in into if each is not None]
+        fresh = all(known is None for known, _ in held)
+        places = [room if fresh else known for known, room in held]
+        whole = None if any(place is None for place in places) else together(*places)
+        if whole is not None:
+            _add_product(whole, grad, x, fresh)
+            for parameter, place in zip(parameters, places, strict=True):
+                parameter.grad = place
+                torch.autograd.graph.increment_version(place)
+            return [None] * len(weights)
+    return [_of_weight(g, x, each) if need else None
+            for g, each, need in zip(_parts(grad, weights), into, needs, strict=True)]
+
+
+def _parts(grad: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [part.contiguous() for part in grad.split([w.shape[0] for w in weights], 1)]
 
 
 class Rotated(torch.autograd.Function):

@@ -11,7 +11,7 @@ Shapes: B rows, H hidden, D of one head, in the order of memory: x_HB.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -111,7 +111,7 @@ class _Layer:
 
     def __init__(self, module: Any, norms: Fused, angles: _Angles, chain: _Chain) -> None:
         """Raises AttributeError, KeyError or TypeError where the module is no such layer."""
-        self._module, self._angles, self._chain = module, angles, chain
+        self.module, self._angles, self._chain = module, angles, chain
         self._mlp, attention = module.mlp, module.self_attn
         self._width: int = attention.head_dim
         self._projections = attention.q_proj, attention.k_proj, attention.v_proj
@@ -124,8 +124,9 @@ class _Layer:
             raise TypeError("a layer of other parts")
         self._gated = is_silu(self._mlp) and all(map(_plain, (
             self._mlp.gate_proj, self._mlp.up_proj, self._mlp.down_proj)))
-        self._modules = list(module.modules())
+        self.modules = list(module.modules())
         self.attends: tuple[int, float, int | None] = (0, 1.0, None)  # its number, scaling and window
+        self.otherwise: Callable[..., Tensor] | None = None  # for what is no step of decoding; None: the module's own
 
     def forward(self, hidden_states: Tensor, *rest: Any, position_embeddings: Any = None,
                 segments: Attends | None = None, **named: Any) -> Tensor:
@@ -135,18 +136,13 @@ class _Layer:
             and hidden_states.shape[0] == 1 and hidden_states.shape[1] <= FEW and not torch.is_grad_enabled() \
             and position_embeddings[0].shape == (1, hidden_states.shape[1], self._width)
         if segments is None or not suits:
-            own: Tensor = type(self._module).forward(self._module, hidden_states, *rest, **given)
-            return own
+            own = self.otherwise or partial(type(self.module).forward, self.module)
+            return own(hidden_states, *rest, **given)
         return self._chain.through(self, hidden_states, position_embeddings, segments)
-
-    @property
-    def hooked(self) -> bool:
-        """Does somebody look at what goes in or comes out?"""
-        return bool(self._module._forward_hooks or self._module._forward_pre_hooks)
 
     def weights(self) -> Iterator[int]:
         """Where they lie; others may stand in for them, and come back."""
-        for module in self._modules:
+        for module in self.modules:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     yield parameter.data_ptr()
@@ -262,7 +258,7 @@ class _Chain:
         return made
 
     def _by_loops(self, x_HB: Tensor, tables: tuple[Tensor, Tensor], segments: Attends) -> Tensor | None:
-        if _looked_at(self._layers) or not isinstance(segments, Decodes):
+        if is_looked_at([layer.module for layer in self._layers]) or not isinstance(segments, Decodes):
             return None
         if (held := segments.held()) is None:
             return None
@@ -287,10 +283,11 @@ class _Chain:
             return by_loops.Stack(layers, ours, cos.shape[1])
 
 
-def _looked_at(layers: list[_Layer]) -> bool:
-    """Does anybody see what is between these?"""
-    everywhere = torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks
-    return bool(everywhere) or any(layer.hooked for layer in layers)
+def is_looked_at(modules: Sequence[nn.Module]) -> bool:
+    """Does anybody see, or change, what goes into one of these or comes out?"""
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(torch.nn.modules.module, f"_global{name}") for name in hooks) \
+        or any(getattr(module, name) for module in modules for name in hooks)
 
 
 def _plain(linear: Any) -> bool:
@@ -308,7 +305,7 @@ def _through(linear: Any, x_KB: Tensor, residual_MB: Tensor | None = None) -> Te
     return out if residual_MB is None else residual_MB + out
 
 
-class _Shown:
+class Shown:
     """Attention of a probe: depends on all that a layer gives it, and remembers how it was called."""
 
     called: tuple[int, float, int | None] | None = None
@@ -340,12 +337,14 @@ class TurnedLayers:
     def installed(self) -> Iterator[None]:
         """Inside this block the model's layers are the turned ones."""
         parts = set(self._model.modules())
+        before = {module: self._norms.form(module) for module, _ in self._layers or ()}
         here = [(module, layer) for module, layer in self._layers or ()
-                if module in parts and "forward" not in vars(module)]
+                if module in parts and vars(module).get("forward") is before[module]]
         if here:  # or this is inside another such block
             self._chain.begin([layer for _, layer in here])
         try:
             for module, layer in here:
+                layer.otherwise = before[module]
                 module.forward = layer.forward
             yield
         finally:
@@ -353,6 +352,8 @@ class TurnedLayers:
                 self._chain.forget()
             for module, _ in here:
                 del module.forward
+                if (form := before[module]) is not None:
+                    module.forward = form
 
 
 def _form_of(module: Any, norms: Fused, angles: _Angles, chain: _Chain) -> _Layer | None:
@@ -365,7 +366,7 @@ def _form_of(module: Any, norms: Fused, angles: _Angles, chain: _Chain) -> _Laye
         turn = torch.randn(1, PROBE_ROWS, layer._width // 2, generator=generator).repeat(1, 1, 2)
         if not fused(weights[0]) or not turns(x[0], *weights):
             return None
-        shown, angle = _Shown(), (turn.cos(), turn.sin())
+        shown, angle = Shown(), (turn.cos(), turn.sin())
         forward = partial(type(module).forward, module, x, position_embeddings=angle, attention_mask=None,
                           position_ids=torch.arange(PROBE_ROWS)[None], past_key_values=None, use_cache=False)
         own = forward(segments=shown)

@@ -18,11 +18,11 @@ typedef struct {
     const size *prompt, *prompt_length;       /* and of its prompt; the length may be 0 */
     const size *first;                        /* backward: the first sequence of each part, and their number: parts + 1 */
     float *made, *sums;                       /* forward: (T, Hq, D), (Hq, T) */
-    float *of_query, *of_key, *of_value;      /* backward: (T, Hq, D), (T, Hkv, D) twice */
+    float *of_query, *of_key, *of_value;      /* backward: (T, Hq, D), (T, Hkv, D) twice; the step between tokens is below */
     float *before;                            /* backward: (parts, Hkv, 2, longest, D), for what several parts share */
     float *room;                              /* (threads, space) */
     size sequences, parts, longest, heads, kv_heads, tokens, width, space;
-    size query_head, query_token, key_head, key_token, value_head, value_token;
+    size query_head, query_token, key_head, key_token, value_head, value_token, of_query_token, of_key_token;
     float scaling;
     int threads;
 } Pass;
@@ -132,7 +132,7 @@ INLINE void backward(const Pass *p, size part, size kv_head, float *room, size D
                 const float *query = p->query + head * p->query_head + token * p->query_token;
                 const float *grad = p->grad + (token * p->heads + head) * D;
                 const float *out = p->out + (token * p->heads + head) * D;
-                float *of_query = p->of_query + (token * p->heads + head) * D;
+                float *of_query = p->of_query + token * p->of_query_token + head * D;
                 scored(query, p->query_token, upright_k, blocks, probs, rows, seen, D);
                 scored(grad, wide, upright_v, blocks, back, rows, seen, D);
                 for (size i = 0; i < rows; i++) {
@@ -148,14 +148,14 @@ INLINE void backward(const Pass *p, size part, size kv_head, float *room, size D
                     }
                     memset(w + mine, 0, (seen - mine) * sizeof(float));
                     memset(b + mine, 0, (seen - mine) * sizeof(float));
-                    memset(of_query + i * wide, 0, D * sizeof(float));
+                    memset(of_query + i * p->of_query_token, 0, D * sizeof(float));
                 }
-                combined(back, blocks, 1, flat_k, D, of_query, wide, rows, seen, D);
+                combined(back, blocks, 1, flat_k, D, of_query, p->of_query_token, rows, seen, D);
                 combined(probs, 1, blocks, grad, wide, of_v, D, seen, rows, D);
                 combined(back, 1, blocks, query, p->query_token, of_k, D, seen, rows, D);
             }
         for (size at = 0; at < p->length[s]; at++) { /* nobody else sees these */
-            size to = ((p->start[s] + at) * p->kv_heads + kv_head) * D;
+            size to = (p->start[s] + at) * p->of_key_token + kv_head * D;
             memcpy(p->of_key + to, of_k + (ahead + at) * D, D * sizeof(float));
             memcpy(p->of_value + to, of_v + (ahead + at) * D, D * sizeof(float));
         }
@@ -181,7 +181,7 @@ void attend_pass_backward(const Pass *p) {
         for (size head = 0; head < p->kv_heads; head++) {
             const float *before = p->before + (part * p->kv_heads + head) * 2 * p->longest * D;
             for (size at = 0; at < prefix(p, p->first[part]); at++) {
-                size to = (token_of(p, p->first[part], at) * p->kv_heads + head) * D;
+                size to = token_of(p, p->first[part], at) * p->of_key_token + head * D;
                 for (size d = 0; d < D; d++) p->of_key[to + d] += before[at * D + d];
                 for (size d = 0; d < D; d++) p->of_value[to + d] += before[(p->longest + at) * D + d];
             }

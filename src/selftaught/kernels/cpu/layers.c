@@ -23,9 +23,10 @@ void norm(const float *x, const float *w, const float *root, float *y, size n, s
         for (size h = 0; h < H; h++) y[i * H + h] = x[i * H + h] * root[i] * w[h];
 }
 
-/* The gradients of x, (n, H), and of w: (threads, H), one for each part of the rows. */
-void norm_backward(const float *grad, const float *x, const float *w, const float *root, float *of_x, float *of_w,
-                   size n, size H, int threads) {
+/* The gradients of x, (n, H), on top of what is `added`, if anything, and of w: (threads, H), one for each part of the
+   rows. */
+void norm_backward(const float *grad, const float *x, const float *w, const float *root, const float *added, float *of_x,
+                   float *of_w, size n, size H, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < threads; part++) {
         float *sums = of_w + part * H;
@@ -41,29 +42,39 @@ void norm_backward(const float *grad, const float *x, const float *w, const floa
                 sums[h] += g[h] * row[h] * root[i];
                 out[h] = (g[h] * w[h] - row[h] * back) * root[i];
             }
+            if (added)
+#pragma omp simd
+                for (size h = 0; h < H; h++) out[h] += added[i * H + h];
         }
     }
 }
 
-/* silu(g) u; out may be g. */
-void gate(const float *g, const float *u, float *out, size count, int threads) {
-#pragma omp parallel for simd num_threads(threads) if (count > SMALL) schedule(static)
-    for (size i = 0; i < count; i++) out[i] = silu(g[i]) * u[i];
+/* silu(g) u of (n, I), rows of g and u apart by `per_row` numbers, of out by `per_out`; out may be g. */
+void gate(const float *g, const float *u, float *out, size n, size I, size per_row, size per_out, int threads) {
+#pragma omp parallel for num_threads(threads) if (n * I > SMALL) schedule(static)
+    for (size i = 0; i < n; i++)
+#pragma omp simd
+        for (size j = 0; j < I; j++) out[i * per_out + j] = silu(g[i * per_row + j]) * u[i * per_row + j];
 }
 
-/* From the gradient of silu(g) u, which is overwritten by silu(g) u itself, those of g and u. */
-void gate_backward(const float *g, const float *u, float *grad, float *of_g, float *of_u, size count, int threads) {
-#pragma omp parallel for simd num_threads(threads) if (count > SMALL) schedule(static)
-    for (size i = 0; i < count; i++) {
-        float share = sigmoid(g[i]), active = g[i] * share, from = grad[i];
-        of_u[i] = from * active;
-        of_g[i] = from * u[i] * (share + active * (1.0f - share));
-        grad[i] = active * u[i];
-    }
+/* From the gradient of silu(g) u, (n, I), which is overwritten by silu(g) u itself, those of g and u, whose rows are apart
+   as theirs. */
+void gate_backward(const float *g, const float *u, float *grad, float *of_g, float *of_u, size n, size I, size per_row,
+                   int threads) {
+#pragma omp parallel for num_threads(threads) if (n * I > SMALL) schedule(static)
+    for (size i = 0; i < n; i++)
+#pragma omp simd
+        for (size j = 0; j < I; j++) {
+            size at = i * per_row + j;
+            float share = sigmoid(g[at]), active = g[at] * share, from = grad[i * I + j];
+            of_u[at] = from * active;
+            of_g[at] = from * u[at] * (share + active * (1.0f - share));
+            grad[i * I + j] = active * u[at];
+        }
 }
 
 /* x cos + rotate_half(x) sin of x (heads, n, D), heads and tokens apart by `per_head` and `per_token` numbers in x and in
-   out, by cos and sin (n, D); where `back`, from its gradient that of x. */
+   out, which may be x, by cos and sin (n, D); where `back`, from its gradient that of x. */
 void rotate(const float *x, const float *cos, const float *sin, float *out, size heads, size n, size D, size per_head,
             size per_token, int back, int threads) {
     size half = D / 2;
@@ -76,14 +87,16 @@ void rotate(const float *x, const float *cos, const float *sin, float *out, size
             if (back)
 #pragma omp simd
                 for (size d = 0; d < half; d++) {
-                    to[d] = from[d] * c[d] + from[half + d] * s[half + d];
-                    to[half + d] = from[half + d] * c[half + d] - from[d] * s[d];
+                    float low = from[d], high = from[half + d];
+                    to[d] = low * c[d] + high * s[half + d];
+                    to[half + d] = high * c[half + d] - low * s[d];
                 }
             else
 #pragma omp simd
                 for (size d = 0; d < half; d++) {
-                    to[d] = from[d] * c[d] - from[half + d] * s[d];
-                    to[half + d] = from[half + d] * c[half + d] + from[d] * s[half + d];
+                    float low = from[d], high = from[half + d];
+                    to[d] = low * c[d] - high * s[d];
+                    to[half + d] = high * c[half + d] + low * s[half + d];
                 }
         }
     }

@@ -1,0 +1,186 @@
+"""Decoder layers of a packed pass, for float32 on a CPU: each is one function of autograd, forward and back by hand.
+
+Module by module (`fused`) a layer is fourteen functions, and some of its seven products are small. Here layers of one
+input are one product where their weights lie in a row: queries, keys and values, and both factors of the
+gated layer; so are their gradients. Residual sums are done by the products, gradients are written to where the next
+product reads them, and rotations take no memory. A layer is replaced only if it gives the numbers of its own forward on
+a probe, which also shows how it calls its attention.
+
+Shapes: n tokens of a pass, H hidden, I inner width, D of one head, A = (Hq + 2 Hkv) D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from selftaught.heap import empty
+from selftaught.kernels import loops
+from selftaught.score.attention import Segments
+from selftaught.score.fused import Fused, close, is_silu
+from selftaught.score.operations import (
+    Adds,
+    fused,
+    into_of,
+    inverse_root,
+    joint_backward,
+    joint_linear,
+    of_weights,
+    run,
+)  # fmt: skip
+from selftaught.score.turned import PARTS, Shown, is_looked_at
+from selftaught.tensors import fast_linear, in_a_row, linear_onto, pack
+
+_WEIGHTS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+            "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # as `_Whole` takes them
+
+
+class _Whole(torch.autograd.Function):
+    """Norm, attention, sum, norm, gated layer, sum: (n, H) to (n, H)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, form: _Form, adds: Adds,
+                *weights: Tensor) -> Tensor:
+        norm, between, query, key, value, out, gate, up, down = weights
+        number, scaling, window = form.attends
+        root = inverse_root(x, form.eps[0])
+        at = joint_linear(loops.norm(x, norm, root), (query, key, value))
+        q, k, v = form.heads(at)
+        loops.rotate(q, cos, sin, inplace=True)
+        loops.rotate(k, cos, sin, inplace=True)
+        if any(ctx.needs_input_grad):
+            seen, sums = loops.attend_pass(q, k, v, segments.sequences, scaling)
+        else:
+            seen, sums = segments.attend(number, q, k, v, scaling, window), None
+        middle = linear_onto(x, seen.flatten(1), out)
+        again = inverse_root(middle, form.eps[1])
+        both = joint_linear(loops.norm(middle, between, again), (gate, up))
+        gated, raised = both.chunk(2, -1)
+        result = linear_onto(middle, loops.gate(gated, raised), down)
+        if any(ctx.needs_input_grad):
+            ctx.form, ctx.segments = form, segments
+            ctx.into = [into_of(weight, adds) for weight in weights]
+            ctx.save_for_backward(x, cos, sin, root, at, seen, sums, middle, again, both, *weights)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, cos, sin, root, at, seen, sums, middle, again, both, *weights = ctx.saved_tensors
+        norm, between, query, key, value, out, gate, up, down = weights
+        form: _Form = ctx.form
+        into, needs = ctx.into, ctx.needs_input_grad[-len(weights):]
+        grad = grad.contiguous()
+        active, of_both = fast_linear(grad, down.t()), empty(*both.shape)
+        gated, raised = both.chunk(2, -1)
+        loops.gate_backward(gated, raised, active, of_both)
+        of_down = of_weights(grad, active, (down,), into[8:], needs[8:])
+        of_gated = of_weights(of_both, loops.norm(middle, between, again), (gate, up), into[6:8], needs[6:8])
+        of_middle, of_between = loops.norm_backward(joint_backward(of_both, (gate, up)), middle, between, again, grad)
+        of_out = of_weights(of_middle, seen.flatten(1), (out,), into[5:6], needs[5:6])
+        of_at = empty(*at.shape)
+        of_seen = fast_linear(of_middle, out.t()).view(seen.shape)
+        of_q, of_k, _ = loops.attend_pass_backward(
+            of_seen, *form.heads(at), seen, sums, ctx.segments.sequences, form.attends[1],
+            joined=of_at.unflatten(1, (-1, form.width)))
+        loops.rotate(of_q, cos, sin, back=True, inplace=True)
+        loops.rotate(of_k, cos, sin, back=True, inplace=True)
+        of_heads = of_weights(of_at, loops.norm(x, norm, root), (query, key, value), into[2:5], needs[2:5])
+        of_x, of_norm = loops.norm_backward(joint_backward(of_at, (query, key, value)), x, norm, root, of_middle)
+        of_norms = [g if need else None for g, need in zip((of_norm, of_between), needs[:2], strict=True)]
+        return of_x, *(None,) * 5, *of_norms, *of_heads, *of_out, *of_gated, *of_down
+
+
+class _Form:
+    """One layer's, in place of its own forward."""
+
+    def __init__(self, module: Any, norms: Fused) -> None:
+        """Raises AttributeError, KeyError or TypeError where the module is no such layer."""
+        attention, mlp = module.self_attn, module.mlp
+        self._module, self.width = module, int(attention.head_dim)
+        self._parts = [module.get_submodule(name) for name in _WEIGHTS]
+        known = [norms.known_norm(part) for part in self._parts[:2]]
+        self.eps = [each["eps"] for each in known]
+        self._others = [part for part in module.modules() if part is not module]
+        ours = {module, attention, mlp, *self._parts}
+        if {name for name, _ in module.named_children()} != PARTS or any(each["offset"] for each in known) \
+                or not is_silu(mlp) or any(m._parameters for m in self._others if m not in ours) \
+                or any(part.bias is not None for part in self._parts[2:]):
+            raise TypeError("a layer of other parts")
+        self.attends: tuple[int, float, int | None] = (0, 1.0, None)  # its number, scaling and window
+
+    def __call__(self, hidden_states: Tensor, *rest: Any, position_embeddings: Any = None, segments: Any = None,
+                 adds: Adds = None, **named: Any) -> Tensor:
+        weights = [part.weight for part in self._parts]
+        if rest or not self._suits(hidden_states, position_embeddings, segments, weights, named):
+            own: Tensor = type(self._module).forward(self._module, hidden_states, *rest, segments=segments,
+                                                     position_embeddings=position_embeddings, **named)
+            return own
+        cos, sin = (table[0].contiguous() for table in position_embeddings)
+        return run(_Whole, hidden_states.flatten(0, 1), cos, sin, segments, self, adds, *weights)[None]
+
+    def _suits(self, x: Tensor, angles: Any, segments: Any, weights: Sequence[Tensor], named: dict[str, Any]) -> bool:
+        """Is this a packed pass whose attention the loops compute, through layers that nobody looks into?
+
+        Not where it drops something out, or recomputes its activations, which transformers does inside the forward.
+        """
+        module, grad = self._module, torch.is_grad_enabled()
+        trained = getattr(module.self_attn, "attention_dropout", 0) or getattr(module, "gradient_checkpointing", False)
+        return isinstance(segments, Segments) and not (grad and type(segments).attend is not Segments.attend) \
+            and x.shape[0] == 1 and named.get("past_key_values") is None and not is_looked_at(self._others) \
+            and all(type(part) is nn.Linear and part.bias is None for part in self._parts[2:]) \
+            and not (module.training and trained) \
+            and segments.sees_all(self.attends[2]) and loops.attends(self.width) \
+            and all(table.shape == (1, x.shape[1], self.width) for table in angles) \
+            and loops.usable(x, *angles, *weights) and all(w.is_contiguous() for w in weights)
+
+    def heads(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (Hq, n, D), keys and values (Hkv, n, D), where they lie in (n, A)."""
+        counts = [part.weight.shape[0] // self.width for part in self._parts[2:5]]
+        query, key, value = at.unflatten(1, (-1, self.width)).transpose(0, 1).split(counts)
+        return query, key, value
+
+
+def packed_layers(model: nn.Module, norms: Fused) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+    """Each layer of the model that there is a form of, and the form; its weights are moved to lie in a row.
+
+    Without gradient, and with `attention.NAME` as the model's attention.
+    """
+    for module in model.modules():
+        if hasattr(module, "self_attn") and "forward" not in vars(module):
+            form = _form_of(module, norms)
+            if form is not None:
+                parameters = dict(module.named_parameters())
+                for name, copy in in_a_row(parameters).items():
+                    parameters[name].data = copy
+                yield module, form
+
+
+def _form_of(module: Any, norms: Fused) -> _Form | None:
+    """The form of this layer, if it gives the same numbers on a probe."""
+    try:
+        form = _Form(module, norms)
+        weight = form._parts[2].weight
+        if not fused(weight):
+            return None
+        segments = Segments(pack([(1, 2), (1, 2), (3,)], [(4, 5, 6), (7, 8), (9, 1)]))
+        size = int(segments.sequences.sequences[1].sum())
+        draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+        x, turn = draw(1, size, weight.shape[1]), draw(1, size, form.width // 2).repeat(1, 1, 2)
+        given: dict[str, Any] = {
+            "position_embeddings": (turn.cos(), turn.sin()), "position_ids": torch.arange(size)[None],
+            "attention_mask": None, "past_key_values": None, "use_cache": False}
+        shown = Shown()
+        type(module).forward(module, x, segments=shown, **given)
+        if shown.called is None:
+            return None
+        form.attends = shown.called
+        own = type(module).forward(module, x, segments=segments, **given)
+        return form if close(form(x, segments=segments, **given), own) else None
+    except Exception:  # a module that only looks like a known one may raise anything
+        return None
