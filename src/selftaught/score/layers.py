@@ -11,7 +11,7 @@ Shapes: n tokens of a pass, H hidden, I inner width, D of one head, A = (Hq + 2 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -146,19 +146,23 @@ class _Form:
         return query, key, value
 
 
-def packed_layers(model: nn.Module, norms: Fused) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
-    """Each layer of the model that there is a form of, and the form; its weights are moved to lie in a row.
+def packed_layers(model: nn.Module, norms: Fused) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+    """Each layer of the model that there is a form of, and the form; the weights of each are moved to lie in a row.
 
     Without gradient, and with `attention.NAME` as the model's attention.
     """
-    for module in model.modules():
-        if hasattr(module, "self_attn") and "forward" not in vars(module):
-            form = _form_of(module, norms)
-            if form is not None:
-                parameters = dict(module.named_parameters())
-                for name, copy in in_a_row(parameters).items():
-                    parameters[name].data = copy
-                yield module, form
+    found = [(module, form) for module in model.modules() if hasattr(module, "self_attn")
+             and "forward" not in vars(module) and (form := _form_of(module, norms)) is not None]
+    moved = set[nn.Parameter]()
+    for module, _ in found:
+        parameters = dict(module.named_parameters())
+        for name, copy in in_a_row(parameters).items():
+            parameters[name].data = copy
+            moved.add(parameters[name])
+    for parameter in model.parameters() if found else ():
+        if parameter not in moved and fused(parameter):  # the last of the file from which all were read: none of it need stay mapped
+            parameter.data = parameter.data.clone()
+    return [*found]
 
 
 def _form_of(module: Any, norms: Fused) -> _Form | None:
