@@ -135,13 +135,18 @@ def test_what_is_frozen_has_no_gradient_and_changes_no_other(frozen: str, calls:
 
 
 def test_hooks_of_a_parameter_are_called_with_its_gradient() -> None:
+    """One of them changes it."""
     model, packed, told = made(), ragged(), list[str]()
+    doubled = "model.layers.1.self_attn.k_proj.weight"
+    model.get_parameter(doubled).register_hook(lambda grad: 2 * grad)
     for name, parameter in model.named_parameters():
         if "layers.0" in name:
             parameter.register_post_accumulate_grad_hook(lambda p, name=name: told.append(name))
     backbone = Backbone(model)
     weight = torch.randn(len(packed.predict), 32, generator=torch.Generator().manual_seed(1))
-    wanted = exact(model, packed, weight)[1]
+    wanted = exact(copy.deepcopy(model), packed, weight)[1]
+    wanted[doubled] = 2 * exact(made(), packed, weight)[1][doubled]
+    told.clear()
     with backbone.accumulating():
         (backbone.hidden(packed) * weight).sum().backward()
     assert sorted(told) == sorted(name for name, _ in model.named_parameters() if "layers.0" in name)
@@ -198,7 +203,24 @@ def patched(model: Any) -> None:
     layer.forward = lambda hidden_states, **named: 3 * hidden_states
 
 
-@pytest.mark.parametrize("change", [other_class, with_bias, patched], ids=lambda f: f.__name__)
+def patched_inside(model: Any) -> None:
+    model.model.layers[0].mlp.forward = lambda x: 2 * x
+
+
+def replaced(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj = copy.deepcopy(model.model.layers[1].mlp.up_proj)
+
+
+def scaled(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling = 0.9
+
+
+def trained(model: Any) -> None:
+    model.model.layers[0].train()
+
+
+@pytest.mark.parametrize("change", [other_class, with_bias, patched, patched_inside, replaced, scaled, trained],
+                         ids=lambda f: f.__name__)
 def test_a_layer_that_was_changed_later_is_computed_as_it_is(change: Callable[[Any], None], calls: list[int]) -> None:
     model, packed = made(), ragged()
     backbone = Backbone(model)
@@ -218,6 +240,39 @@ def test_a_window_that_hides_something_is_left_to_the_model(window: int, calls: 
     hidden, _ = exact(model.requires_grad_(False), ragged(), torch.zeros(1))
     torch.testing.assert_close(Backbone(model).hidden(ragged()).double(), hidden, atol=2e-5, rtol=2e-5)
     assert len(calls) == (2 if window == 200 else 0)
+
+
+def test_a_layer_that_was_patched_before_is_left_as_it_is(calls: list[int]) -> None:
+    model = made()
+    patched_inside(model)
+    hidden, _ = exact(model.requires_grad_(False), ragged(), torch.zeros(1))
+    torch.testing.assert_close(Backbone(model).hidden(ragged()).double(), hidden, atol=2e-5, rtol=2e-5)
+    assert len(calls) == 1
+
+
+def test_under_autocast_a_layer_is_the_models_own(calls: list[int]) -> None:
+    """Products are of 16 bits there, which the loops would read as 32."""
+    packed = pack([tuple(IDS[0]), tuple(IDS[1])], [tuple(IDS[2]), tuple(IDS[3])])
+    backbone = Backbone(made())
+    wanted = backbone.hidden(packed).detach()
+    calls.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        found = backbone.hidden(packed)
+    assert not calls and float((found - wanted).norm() / wanted.norm()) < 0.1
+
+
+def test_a_backbone_made_where_nothing_is_recorded_can_be_trained() -> None:
+    model = made()
+    with torch.inference_mode():
+        backbone = Backbone(model)
+    backbone.hidden(ragged()).square().sum().backward()
+    assert all(p.grad is not None and not p.is_inference() for p in model.model.layers.parameters())
+
+
+def test_weights_that_other_processes_see_stay_where_they_are() -> None:
+    model = made().share_memory()
+    backbone = Backbone(model)
+    assert all(p.is_shared() for p in model.parameters()) and not in_rows(backbone)
 
 
 def test_a_model_is_saved_and_read_as_ever(tmp_path: Any) -> None:

@@ -111,6 +111,8 @@ def test_a_gate_far_out_is_what_it_tends_to(value: float) -> None:
 
 def test_a_gate_of_nothing_known_is_nothing_known() -> None:
     assert loops.gate(torch.full((33,), torch.nan), torch.ones(33)).isnan().all()
+    odd = torch.randn(1, 7, 40).transpose(0, 1)  # contiguous, with any step along an axis of one
+    torch.testing.assert_close(loops.gate(odd, odd), silu(odd) * odd, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", ["tokens first", "heads first", "neither"])

@@ -498,7 +498,8 @@ def test_distances_are_found_without_a_tensor_as_large_as_an_embedding() -> None
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            made = [x.untyped_storage() for x in (out if isinstance(out, list | tuple) else [out])]
+            tensors = [x for x in (out if isinstance(out, list | tuple) else [out]) if isinstance(x, Tensor)]
+            made = [x.untyped_storage() for x in tensors]
             self.numbers = max([self.numbers, *(x.nbytes() // 4 for x in made if x.data_ptr() not in given)])
             return out
 

@@ -93,7 +93,7 @@ def gate_backward(gated: Tensor, raised: Tensor, grad: Tensor, joined: Tensor | 
 
 def _apart(x: Tensor) -> int:
     """Numbers between neighbouring rows."""
-    return x.stride(-2) if x.dim() > 1 else x.shape[-1]
+    return x.shape[-1] if x.is_contiguous() else x.stride(-2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False, inplace: bool = False) -> Tensor:

@@ -147,8 +147,7 @@ def _pieces(tensor: Tensor) -> Sequence[Tensor]:
 
 def _norm(pieces: Iterable[Tensor]) -> float:
     """l2 over all numbers of all pieces."""
-    norms = [piece.norm().float() for piece in pieces]
-    return math.hypot(*torch.stack(norms).tolist()) if norms else 0.0
+    return math.hypot(*(float(piece.norm()) for piece in pieces))
 
 
 def check_views(views: Mapping[str, View]) -> None:

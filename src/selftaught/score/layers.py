@@ -102,15 +102,17 @@ class _Form:
     def __init__(self, module: Any, norms: Fused) -> None:
         """Raises AttributeError, KeyError or TypeError where the module is no such layer."""
         attention, mlp = module.self_attn, module.mlp
-        self._module, self.width = module, int(attention.head_dim)
+        self._module, self._norms, self.width = module, norms, int(attention.head_dim)
         self._parts = [module.get_submodule(name) for name in _WEIGHTS]
         known = [norms.known_norm(part) for part in self._parts[:2]]
         self.eps = [each["eps"] for each in known]
-        self._others = [part for part in module.modules() if part is not module]
-        ours = {module, attention, mlp, *self._parts}
+        self._modules = list(module.modules())
+        self._numbers = self._those_of_the_forward()
+        others = [part for part in self._modules if part not in (module, attention, mlp, *self._parts)]
         if {name for name, _ in module.named_children()} != PARTS or any(each["offset"] for each in known) \
-                or not is_silu(mlp) or any(m._parameters for m in self._others if m not in ours) \
-                or any(part.bias is not None for part in self._parts[2:]):
+                or not is_silu(mlp) or any(part._parameters for part in others) \
+                or any(part.bias is not None for part in self._parts[2:]) \
+                or any("forward" in vars(part) for part in self._modules):
             raise TypeError("a layer of other parts")
         self.attends: tuple[int, float, int | None] = (0, 1.0, None)  # its number, scaling and window
 
@@ -125,19 +127,28 @@ class _Form:
         return run(_Whole, hidden_states.flatten(0, 1), cos, sin, segments, self, adds, *weights)[None]
 
     def _suits(self, x: Tensor, angles: Any, segments: Any, weights: Sequence[Tensor], named: dict[str, Any]) -> bool:
-        """Is this a packed pass whose attention the loops compute, through layers that nobody looks into?
+        """Is this a packed pass whose attention the loops compute, in float32, through a layer that is as it was?
 
-        Not where it drops something out, or recomputes its activations, which transformers does inside the forward.
+        Not where a layer is in training mode, in which it may drop something out, and recomputes its activations.
         """
-        module, grad = self._module, torch.is_grad_enabled()
-        trained = getattr(module.self_attn, "attention_dropout", 0) or getattr(module, "gradient_checkpointing", False)
-        return isinstance(segments, Segments) and not (grad and type(segments).attend is not Segments.attend) \
-            and x.shape[0] == 1 and named.get("past_key_values") is None and not is_looked_at(self._others) \
-            and all(type(part) is nn.Linear and part.bias is None for part in self._parts[2:]) \
-            and not (module.training and trained) \
-            and segments.sees_all(self.attends[2]) and loops.attends(self.width) \
+        return isinstance(segments, Segments) \
+            and not (torch.is_grad_enabled() and type(segments).attend is not Segments.attend) \
+            and x.shape[0] == 1 and named.get("past_key_values") is None and not torch.is_autocast_enabled("cpu") \
+            and self._is_as_it_was() and segments.sees_all(self.attends[2]) and loops.attends(self.width) \
             and all(table.shape == (1, x.shape[1], self.width) for table in angles) \
             and loops.usable(x, *angles, *weights) and all(w.is_contiguous() for w in weights)
+
+    def _is_as_it_was(self) -> bool:
+        """Has nobody replaced, patched or hooked a part of it, or set it to train?"""
+        return list(self._module.modules()) == self._modules and self._those_of_the_forward() == self._numbers \
+            and all(type(part) is nn.Linear and part.bias is None for part in self._parts[2:]) \
+            and not is_looked_at(self._modules[1:]) \
+            and not any(part.training for part in self._modules) \
+            and all(vars(part).get("forward") is self._norms.form(part) for part in self._modules[1:])
+
+    def _those_of_the_forward(self) -> tuple[Any, ...]:
+        """What its forward reads that is no module's own."""
+        return getattr(self._module.self_attn, "scaling", None), getattr(self._module.mlp, "act_fn", None)
 
     def heads(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (Hq, n, D), keys and values (Hkv, n, D), where they lie in (n, A)."""
@@ -153,16 +164,25 @@ def packed_layers(model: nn.Module, norms: Fused) -> list[tuple[nn.Module, Calla
     """
     found = [(module, form) for module in model.modules() if hasattr(module, "self_attn")
              and "forward" not in vars(module) and (form := _form_of(module, norms)) is not None]
+    if found:
+        _lay_out(model, [module for module, _ in found])
+    return [*found]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _lay_out(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Move the weights of each layer into a row, and copy all others too: nothing of the file from which they were
+    read need stay mapped. What is shared with another process stays where it is."""
     moved = set[nn.Parameter]()
-    for module, _ in found:
-        parameters = dict(module.named_parameters())
+    for module in layers:
+        parameters = {name: p for name, p in module.named_parameters() if not p.is_shared()}
         for name, copy in in_a_row(parameters).items():
             parameters[name].data = copy
             moved.add(parameters[name])
-    for parameter in model.parameters() if found else ():
-        if parameter not in moved and fused(parameter):  # the last of the file from which all were read: none of it need stay mapped
+    for parameter in model.parameters():
+        if parameter not in moved and fused(parameter) and not parameter.is_shared():
             parameter.data = parameter.data.clone()
-    return [*found]
 
 
 def _form_of(module: Any, norms: Fused) -> _Form | None:
@@ -170,7 +190,7 @@ def _form_of(module: Any, norms: Fused) -> _Form | None:
     try:
         form = _Form(module, norms)
         weight = form._parts[2].weight
-        if not fused(weight):
+        if not all(fused(part.weight) and part.weight.any() for part in form._parts):  # zeros would hide what is before
             return None
         segments = Segments(pack([(1, 2), (1, 2), (3,)], [(4, 5, 6), (7, 8), (9, 1)]))
         size = int(segments.sequences.sequences[1].sum())
