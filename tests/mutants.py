@@ -988,7 +988,7 @@ MUTANTS = [
     ),
     Mutant(
         "together_though_there_is_a_gap",
-        "tensors.py",
+        "heap.py",
         "                and x.data_ptr() == at):",
         "                ):",
         "test_layers.py",

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import families
+from selftaught.heap import in_a_row, together
 from selftaught.kernels import loops
 from selftaught.optim import Teachers
 from selftaught.records import View
 from selftaught.score import Backbone, layers
-from selftaught.tensors import Packed, in_a_row, pack, together
+from selftaught.tensors import Packed, pack
 
 pytestmark = pytest.mark.skipif(not loops.usable(torch.ones(1)), reason="no compiler")
 WHOLE = {"llama", "smollm"}  # without biases, norms of heads and norms of another form

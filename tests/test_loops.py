@@ -200,13 +200,13 @@ def test_logits_with_a_bias_of_any_kind(bias: Tensor) -> None:
 def test_a_turned_norm(columns: int, offset: float) -> None:
     x, weight = drawn(3, 20, columns), drawn(20, seed=1)
     wanted = norm(x.double().mT, weight.double() + offset).mT
-    torch.testing.assert_close(loops.norm_turned(x, weight, 1e-5, offset).double(), wanted, **TIGHT)
+    torch.testing.assert_close(layer.norm_turned(x, weight, 1e-5, offset).double(), wanted, **TIGHT)
 
 
 def test_turned_rotary_positions() -> None:
     x, angles = drawn(3, 8, 5), drawn(2, 5, 8, seed=1)
     wanted = turned_by(x.mT.double(), *angles.double())
-    torch.testing.assert_close(loops.rotate_turned(x, *angles).double(), wanted, **TIGHT)
+    torch.testing.assert_close(layer.rotate_turned(x, *angles).double(), wanted, **TIGHT)
 
 
 @pytest.mark.parametrize("width", [16, 48, 64, 80, 128])
@@ -302,8 +302,8 @@ class Other(torch.nn.Linear):
     """A projection that somebody has made something of."""
 
 
-PLACES = {"before": layer, "after": layer, "step": layer.Stack,
-          **dict.fromkeys(("attend", "product", "norm_turned", "rotate_turned"), loops)}
+PLACES = {"step": layer.Stack, **dict.fromkeys(("attend", "product"), loops),
+          **dict.fromkeys(("before", "after", "norm_turned", "rotate_turned"), layer)}
 
 
 @pytest.mark.parametrize("kind", ["off", "whole", "adapted"])

@@ -1,4 +1,4 @@
-"""The C library's heap, told which blocks to keep and which to give back.
+"""The C library's heap, told which blocks to keep and which to give back; and matrices that lie in a row.
 
 A block that is mapped by itself is returned when freed, and the kernel hands out zeroed pages anew for the next one:
 for a layer's activations that takes a quarter of the time of the product that fills them. One that lies on the heap
@@ -20,6 +20,8 @@ import ctypes
 import math
 import os
 import sys
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -70,3 +72,33 @@ def empty_like(x: Tensor) -> Tensor:
         return empty(*x.shape) if x.is_contiguous() else torch.empty_like(x)
     axes = sorted(range(x.dim()), key=x.stride, reverse=True)
     return torch.from_numpy(np.empty([x.shape[axis] for axis in axes], np.float32).transpose(np.argsort(axes)))
+
+
+def in_a_row(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the matrices of float32 on a CPU that lie one behind the other, in the order given.
+
+    Each has a storage of its own, of which nobody sees that it borders on another's. Large ones are left out: their
+    products gain nothing, and their memory is better mapped one by one.
+    """
+    small = {name: x for name, x in tensors.items() if x.is_cpu and x.dtype == torch.float32 and x.dim() == 2
+             and x.numel() * x.itemsize < MAPPED_FROM}
+    ends = [0, *accumulate(x.numel() for x in small.values())]
+    block = np.empty(ends[-1], np.float32)
+    return {name: torch.from_numpy(block[start:end]).view(x.shape).copy_(x)
+            for (name, x), (start, end) in zip(small.items(), pairwise(ends), strict=True)}
+
+
+def together(*parts: Tensor) -> Tensor | None:
+    """Matrices (M, K) of float32 on a CPU as one of all their rows, if each lies behind the one before; else None.
+
+    It owns nothing: it is to be used while the parts are held. What is written to it is in them.
+    """
+    at, width = parts[0].data_ptr(), parts[0].shape[1]
+    for x in parts:
+        if not (x.is_cpu and x.dtype == torch.float32 and x.dim() == 2 and x.shape[1] == width and x.is_contiguous()
+                and x.data_ptr() == at):
+            return None
+        at += x.numel() * x.itemsize
+    rows = sum(x.shape[0] for x in parts)
+    memory = (ctypes.c_float * (rows * width)).from_address(parts[0].data_ptr())
+    return torch.frombuffer(memory, dtype=torch.float32).view(rows, width)

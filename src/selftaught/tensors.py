@@ -9,20 +9,16 @@ Shape suffixes, used everywhere:
 
 from __future__ import annotations
 
-import ctypes
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from selftaught.heap import MAPPED_FROM
 from selftaught.processor import is_intel
 
 NEIGHBOURS = 32  # numbers of which `largest` compares only the largest at first
@@ -206,39 +202,6 @@ def product(p: Tensor, log_ratio: Tensor) -> Tensor:
     positive = p > 0
     zero = torch.zeros((), dtype=p.dtype, device=p.device)
     return torch.where(positive, p * torch.where(positive, log_ratio, zero), zero)
-
-
-# ------------------------------------------------------------------------------------- weights that lie in a row
-
-
-def in_a_row(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the matrices of float32 on a CPU that lie one behind the other, in the order given.
-
-    Each has a storage of its own, of which nobody sees that it borders on another's. Large ones are left out: their
-    products gain nothing, and their memory is better mapped one by one.
-    """
-    small = {name: x for name, x in tensors.items() if x.is_cpu and x.dtype == torch.float32 and x.dim() == 2
-             and x.numel() * x.itemsize < MAPPED_FROM}
-    ends = offsets(x.numel() for x in small.values())
-    block = np.empty(ends[-1], np.float32)
-    return {name: torch.from_numpy(block[start:end]).view(x.shape).copy_(x)
-            for (name, x), (start, end) in zip(small.items(), pairwise(ends), strict=True)}
-
-
-def together(*parts: Tensor) -> Tensor | None:
-    """Matrices (M, K) of float32 on a CPU as one of all their rows, if each lies behind the one before; else None.
-
-    It owns nothing: it is to be used while the parts are held. What is written to it is in them.
-    """
-    at, width = parts[0].data_ptr(), parts[0].shape[1]
-    for x in parts:
-        if not (x.is_cpu and x.dtype == torch.float32 and x.dim() == 2 and x.shape[1] == width and x.is_contiguous()
-                and x.data_ptr() == at):
-            return None
-        at += x.numel() * x.itemsize
-    rows = sum(x.shape[0] for x in parts)
-    memory = (ctypes.c_float * (rows * width)).from_address(parts[0].data_ptr())
-    return torch.frombuffer(memory, dtype=torch.float32).view(rows, width)
 
 
 # ----------------------------------------------------------------------------------------------------- segments

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selftaught.heap import empty_like
 from selftaught.kernels import loops
 from selftaught.kernels.loops import PANEL, library
 
@@ -70,6 +71,22 @@ def after(seen_BK: Tensor, x_HB: Tensor, parts: Parts) -> Tensor:
     """
     out, room = torch.empty_like(x_HB), x_HB.new_empty(_room_after(parts, x_HB.shape[1]))
     library().after(ctypes.byref(_after(seen_BK, x_HB, parts, room, out)))
+    return out
+
+
+def norm_turned(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """x (w + offset) / sqrt(mean(x^2) + eps), over the axis before the last: (..., H, B)."""
+    x, weight = x.contiguous(), weight.contiguous()
+    y, room, (height, rows) = empty_like(x), x.new_empty(x.shape[-1]), x.shape[-2:]
+    library().norm_turned(*map(_at, (x, weight, y, room)), x.numel() // (height * rows), height, rows, eps, offset)
+    return y
+
+
+def rotate_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` of x (heads, D, B) by cos and sin (B, D), turned back: (heads, B, D)."""
+    heads, width, rows = x.shape
+    out = x.new_empty(heads, rows, width)
+    library().rotate_turned(*map(_at, (x, cos, sin, out)), heads, width, rows)
     return out
 
 

@@ -66,16 +66,16 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, root: Tensor, added: 
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     threads, width, more = torch.get_num_threads(), x.shape[-1], None if added is None else added.data_ptr()
     of_x, of_weight = empty_like(x), x.new_empty(threads, width)
-    library().norm_backward(*_at(grad, x, weight, root), more, *_at(of_x, of_weight), x.numel() // width, width,
-                            threads)
+    given = *_at(grad, x, weight, root), more, *_at(of_x, of_weight)
+    library().norm_backward(*given, x.numel() // width, width, threads)
     return of_x, of_weight.sum(0)
 
 
 def gate(gated: Tensor, raised: Tensor, inplace: bool = False) -> Tensor:
     """silu(gated) raised, (..., I), in the memory of `gated` if asked for; of two matrices rows may be apart alike."""
     out, width = gated if inplace else empty(*gated.shape), gated.shape[-1]
-    library().gate(*_at(gated, raised, out), gated.numel() // width, width, _apart(gated), _apart(out),
-                   torch.get_num_threads())
+    sizes = gated.numel() // width, width, _apart(gated), _apart(out)
+    library().gate(*_at(gated, raised, out), *sizes, torch.get_num_threads())
     return out
 
 
@@ -85,9 +85,8 @@ def gate_backward(gated: Tensor, raised: Tensor, grad: Tensor, joined: Tensor | 
     Where the two are halves of one matrix, so are their gradients, of `joined` (n, 2 I).
     """
     of_gated, of_raised = (empty_like(gated), empty_like(gated)) if joined is None else joined.chunk(2, -1)
-    width = gated.shape[-1]
-    library().gate_backward(*_at(gated, raised, grad, of_gated, of_raised), gated.numel() // width, width,
-                            _apart(gated), torch.get_num_threads())
+    sizes = gated.numel() // gated.shape[-1], gated.shape[-1], _apart(gated)
+    library().gate_backward(*_at(gated, raised, grad, of_gated, of_raised), *sizes, torch.get_num_threads())
     return of_gated, of_raised
 
 
@@ -99,8 +98,7 @@ def _apart(x: Tensor) -> int:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False, inplace: bool = False) -> Tensor:
     """x cos + rotate_half(x) sin of x (heads, n, D), in any order of memory whose last axis is D; cos and sin (n, D).
 
-    `back` takes its gradient to that of x. In the memory of x if asked for; it need not be dense then.
-    """
+    `back` takes its gradient to that of x. In the memory of x, which need not be dense then, if asked for."""
     out = x if inplace else empty_like(x)
     library().rotate(*_at(x, cos, sin, out), *x.shape, *x.stride()[:2], back, torch.get_num_threads())
     return out
@@ -272,22 +270,6 @@ def logits(x_nK: Tensor, weight_VK: Tensor, bias_V: Tensor | None = None) -> Ten
     out, room = x_nK.new_empty(n, size), x_nK.new_empty(-(-n // LANES) * LANES, width)
     bias = None if bias_V is None else bias_V.data_ptr()
     library().logits(*_at(x_nK, weight_VK), bias, *_at(room, out), n, size, width, torch.get_num_threads())
-    return out
-
-
-def norm_turned(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """x (w + offset) / sqrt(mean(x^2) + eps), over the axis before the last: (..., H, B)."""
-    x, weight = x.contiguous(), weight.contiguous()
-    y, room, (height, rows) = empty_like(x), x.new_empty(x.shape[-1]), x.shape[-2:]
-    library().norm_turned(*_at(x, weight, y, room), x.numel() // (height * rows), height, rows, eps, offset)
-    return y
-
-
-def rotate_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` of x (heads, D, B) by cos and sin (B, D), turned back: (heads, B, D)."""
-    heads, width, rows = x.shape
-    out = x.new_empty(heads, rows, width)
-    library().rotate_turned(*_at(x, cos, sin, out), heads, width, rows)
     return out
 
 

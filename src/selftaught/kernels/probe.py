@@ -85,9 +85,9 @@ def _decoding(draw: torch.Generator) -> Iterator[_Pair]:
         gated, residual = _drawn(draw, 2, 19, columns)
         exact = silu(gated.double()) * (weight.double() @ x.double() + bias[:, None]) + residual
         yield "product", loops.product(x, weight, bias, gated, residual), exact
-        yield "norm_turned", loops.norm_turned(x, weight[0], 1e-6, 1.0), _norm(x.double().mT, weight[0].double() + 1).mT
+        yield "norm_turned", layer.norm_turned(x, weight[0], 1e-6, 1.0), _norm(x.double().mT, weight[0].double() + 1).mT
         heads, angles = _drawn(draw, 3, 8, columns), _drawn(draw, 2, columns, 8)
-        yield "rotate_turned", loops.rotate_turned(heads, *angles), _rotated(heads.double().mT, *angles.double())
+        yield "rotate_turned", layer.rotate_turned(heads, *angles), _rotated(heads.double().mT, *angles.double())
     for rows in (33, 71):
         x, weight, bias = _drawn(draw, rows, 40), _drawn(draw, 53, 40), _drawn(draw, 53)
         yield "logits", loops.logits(x, weight, bias), x.double() @ weight.double().mT + bias

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from selftaught.errors import UserError, nearest
+from selftaught.heap import in_a_row
 from selftaught.records import Context, View
-from selftaught.tensors import in_a_row
 
 _KEPT = ("initial", "ema", "snapshot")
 PIECE = 2**21  # numbers of a difference at a time: a whole embedding's would be the peak of a step's memory

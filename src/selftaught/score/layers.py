@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from selftaught.heap import empty
+from selftaught.heap import empty, in_a_row
 from selftaught.kernels import loops
 from selftaught.score.attention import Segments
 from selftaught.score.fused import Fused, close, is_silu
@@ -34,7 +34,7 @@ from selftaught.score.operations import (
     run,
 )  # fmt: skip
 from selftaught.score.turned import PARTS, Shown, is_looked_at
-from selftaught.tensors import fast_linear, in_a_row, linear_onto, pack
+from selftaught.tensors import fast_linear, linear_onto, pack
 
 _WEIGHTS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
             "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # as `_Whole` takes them

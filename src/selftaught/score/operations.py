@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from selftaught.heap import together
 from selftaught.kernels import loops
-from selftaught.tensors import fast_linear, together, turned, turns
+from selftaught.tensors import fast_linear, turned, turns
 
 VECTORS = 32  # numbers that torch's elementwise loops take at a time
 _MADE_OF = "_made_of"  # an attribute of a norm's result

@@ -79,7 +79,7 @@ class _Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         if loops.usable(x):
-            return loops.norm_turned(x.contiguous(), self._module.weight, self._eps, self._offset)
+            return by_loops.norm_turned(x.contiguous(), self._module.weight, self._eps, self._offset)
         out: Tensor = scripted(_norm)(x, self._module.weight, self._added, self._offset)
         return out
 
@@ -94,7 +94,7 @@ class _Angles:
         """Both (heads, D, B), turned against each other and back: (heads, B, D)."""
         if loops.usable(query, key, *tables):
             cos, sin = (table[0].contiguous() for table in tables)
-            return loops.rotate_turned(query, cos, sin), loops.rotate_turned(key, cos, sin)
+            return by_loops.rotate_turned(query, cos, sin), by_loops.rotate_turned(key, cos, sin)
         found: tuple[Tensor, Tensor] = scripted(_rotated)(query, key, *self._turned(tables))
         return found
 
