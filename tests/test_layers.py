@@ -251,6 +251,19 @@ def test_a_layer_that_was_patched_before_is_left_as_it_is(calls: list[int]) -> N
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("unshown", ["in training mode", "under autocast", "heads of no whole vectors"])
+def test_a_layer_of_which_a_probe_shows_nothing_is_left_as_it_is(unshown: str, calls: list[int]) -> None:
+    model = made(**({"head_dim": 8} if "heads" in unshown else {}))
+    places = [p.data_ptr() for p in model.parameters()]
+    model.train("training" in unshown)
+    with torch.autocast("cpu", enabled="autocast" in unshown):
+        backbone = Backbone(model)
+    model.eval()
+    hidden, _ = exact(model.requires_grad_(False), ragged(), torch.zeros(1))
+    torch.testing.assert_close(backbone.hidden(ragged()).double(), hidden, atol=2e-5, rtol=2e-5)
+    assert not calls and places == [p.data_ptr() for p in model.parameters()]
+
+
 def test_under_autocast_a_layer_is_the_models_own(calls: list[int]) -> None:
     """Products are of 16 bits there, which the loops would read as 32."""
     packed = pack([tuple(IDS[0]), tuple(IDS[1])], [tuple(IDS[2]), tuple(IDS[3])])

@@ -204,6 +204,9 @@ def _form_of(module: Any, norms: Fused) -> _Form | None:
         if shown.called is None:
             return None
         form.attends = shown.called
+        weights = [part.weight for part in form._parts]
+        if not form._suits(x, given["position_embeddings"], segments, weights, {}):  # nothing would be shown of it
+            return None
         own = type(module).forward(module, x, segments=segments, **given)
         return form if close(form(x, segments=segments, **given), own) else None
     except Exception:  # a module that only looks like a known one may raise anything
