@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftaught.heap import again
 from selftaught.kernels.base import Side, Statistics
 from selftaught.kernels.loops import library
 
@@ -143,7 +144,7 @@ def _empty(logits_nV: Tensor) -> Statistics:
 
 
 def _like(logits_nV: Tensor) -> Tensor:
-    return torch.empty(logits_nV.shape, dtype=logits_nV.dtype)
+    return again(*logits_nV.shape)
 
 
 def _at(*tensors: Tensor) -> list[int]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftaught.heap import empty, empty_like
+from selftaught.heap import again, empty, empty_like
 from selftaught.kernels.base import is_off
 from selftaught.kernels.compiled import libraries
 from selftaught.processor import is_intel
@@ -267,7 +267,7 @@ def projects(x_nK: Tensor, weight_VK: Tensor, *more: Tensor) -> bool:
 def logits(x_nK: Tensor, weight_VK: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """x W^T + bias, (n, V), for some tens of rows and a vocabulary: the weight is read once, and not copied."""
     (n, width), size = x_nK.shape, weight_VK.shape[0]
-    out, room = x_nK.new_empty(n, size), x_nK.new_empty(-(-n // LANES) * LANES, width)
+    out, room = again(n, size), x_nK.new_empty(-(-n // LANES) * LANES, width)
     bias = None if bias_V is None else bias_V.data_ptr()
     library().logits(*_at(x_nK, weight_VK), bias, *_at(room, out), n, size, width, torch.get_num_threads())
     return out

@@ -91,6 +91,7 @@ class Fused:
     def __init__(self, model: nn.Module) -> None:
         """Look at every module of `model`; nothing is changed yet."""
         own = [module for module in model.modules() if "forward" not in vars(module)]  # a patched one is left as it is
+        self._multiplies = {module for module in own if any(p.dim() > 1 for p in module.parameters())}
         self._forwards: list[tuple[nn.Module, partial[Tensor]]] = []
         self._rotaries: dict[str, Callable[..., Any]] = {}  # by model file, the function in place of its own
         self._embeddings = [(module, partial(_embedded, module)) for module in own
@@ -132,7 +133,7 @@ class Fused:
             return
         new = self._forwards
         if self.adds is not None:
-            new = [(module, partial(forward, adds=self.adds) if _multiplies(module) else forward)
+            new = [(module, partial(forward, adds=self.adds) if module in self._multiplies else forward)
                    for module, forward in new]
             new = [*new, *self._embeddings]
         files = {sys.modules[name]: function for name, function in self._rotaries.items()}
@@ -141,7 +142,7 @@ class Fused:
         try:
             self._placed = {module: forward for module, forward in new if "forward" not in vars(module)}
             for module, forward in self._placed.items():
-                module.forward = forward
+                vars(module)["forward"] = forward  # an assignment would look among its parameters first
             for file, function in files.items():
                 setattr(file, ROTARY, function)
             yield
@@ -149,12 +150,8 @@ class Fused:
             for file, function in before.items():
                 setattr(file, ROTARY, function)
             for module in self._placed:
-                del module.forward
+                del vars(module)["forward"]
             self._open, self._placed = False, {}
-
-
-def _multiplies(module: nn.Module) -> bool:
-    return any(parameter.dim() > 1 for parameter in module.parameters())
 
 
 def _eps(module: nn.Module) -> Any:

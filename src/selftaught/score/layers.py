@@ -48,21 +48,22 @@ class _Whole(torch.autograd.Function):
                 *weights: Tensor) -> Tensor:
         norm, between, query, key, value, out, gate, up, down = weights
         number, scaling, window = form.attends
+        trains = any(ctx.needs_input_grad)
         root = inverse_root(x, form.eps[0])
         at = joint_linear(loops.norm(x, norm, root), (query, key, value))
         q, k, v = form.heads(at)
         loops.rotate(q, cos, sin, inplace=True)
         loops.rotate(k, cos, sin, inplace=True)
-        if any(ctx.needs_input_grad):
+        if trains:
             seen, sums = loops.attend_pass(q, k, v, segments.sequences, scaling)
         else:
             seen, sums = segments.attend(number, q, k, v, scaling, window), None
         middle = linear_onto(x, seen.flatten(1), out)
         again = inverse_root(middle, form.eps[1])
-        both = joint_linear(loops.norm(middle, between, again), (gate, up))
+        both = joint_linear(loops.norm(middle, between, again), (gate, up), passing=not trains)
         gated, raised = both.chunk(2, -1)
-        result = linear_onto(middle, loops.gate(gated, raised), down)
-        if any(ctx.needs_input_grad):
+        result = linear_onto(middle, loops.gate(gated, raised, inplace=not trains), down)
+        if trains:
             ctx.form, ctx.segments = form, segments
             ctx.into = [into_of(weight, adds) for weight in weights]
             ctx.save_for_backward(x, cos, sin, root, at, seen, sums, middle, again, both, *weights)
@@ -172,14 +173,14 @@ def packed_layers(model: nn.Module, norms: Fused) -> list[tuple[nn.Module, Calla
 @torch.inference_mode(False)
 @torch.no_grad()
 def _lay_out(model: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Move the weights of each layer into a row, and copy all others too: nothing of the file from which they were
+    """Move the weights of the layers into a row, and copy all others too: nothing of the file from which they were
     read need stay mapped. What is shared with another process stays where it is."""
+    own = dict.fromkeys(p for module in layers for p in module.parameters() if not p.is_shared())
+    parameters = {str(number): p for number, p in enumerate(own)}
     moved = set[nn.Parameter]()
-    for module in layers:
-        parameters = {name: p for name, p in module.named_parameters() if not p.is_shared()}
-        for name, copy in in_a_row(parameters).items():
-            parameters[name].data = copy
-            moved.add(parameters[name])
+    for number, copy in in_a_row(parameters).items():
+        parameters[number].data = copy
+        moved.add(parameters[number])
     for parameter in model.parameters():
         if parameter not in moved and fused(parameter) and not parameter.is_shared():
             parameter.data = parameter.data.clone()

@@ -43,39 +43,64 @@ INLINE size token_of(const Pass *p, size sequence, size at) {
 /* The keys (or values) that a sequence sees: upright, (D, whole blocks), flat, (keys, D), or both. */
 static void collect(const Pass *p, const float *x, size per_token, size sequence, float *upright, float *flat) {
     size D = p->width, keys = prefix(p, sequence) + p->length[sequence], blocks = in_blocks(keys);
-    for (size at = 0; at < keys; at++) {
-        const float *row = x + token_of(p, sequence, at) * per_token;
-        if (flat) memcpy(flat + at * D, row, D * sizeof(float));
-        if (upright)
-            for (size d = 0; d < D; d++) upright[d * blocks + at] = row[d];
-    }
+    size first[] = {0, p->prompt[sequence], p->start[sequence]}, at = 0;
+    size count[] = {p->common[sequence], p->prompt_length[sequence], p->length[sequence]};
+    for (size run = 0; run < 3; run++)
+        for (size i = 0, some; i < count[run]; i += some, at += some) {
+            const float *rows = x + (first[run] + i) * per_token;
+            some = count[run] - i < PANEL ? 1 : PANEL;
+            if (flat)
+                for (size j = 0; j < some; j++) memcpy(flat + (at + j) * D, rows + j * per_token, D * sizeof(float));
+            if (upright && some == PANEL)
+                for (size d = 0; d < D; d += PANEL) turn(rows + d, per_token, upright + d * blocks + at, blocks);
+            else if (upright)
+                for (size d = 0; d < D; d++) upright[d * blocks + at] = rows[d];
+        }
     if (upright)
         for (size d = 0; d < D; d++) memset(upright + d * blocks + keys, 0, (blocks - keys) * sizeof(float));
 }
 
-/* q_i k_j of the rows of a stripe and `keys` keys, (rows, per_row). */
+/* q_i k_j of the rows of a stripe, (rows, per_row), for all keys that row i sees: the last one sees `keys`, each one before
+   it one less. Where no QUERIES are left the last ones are taken again. */
 INLINE void scored(const float *q, size per_query, const float *upright, size per_row, float *scores, size rows,
                    size keys, size D) {
-    size i = 0;
-    for (; i + QUERIES <= rows; i += QUERIES)
-        for (size at = 0; at < keys; at += BLOCK)
-            score(q + i * per_query, per_query, upright + at, per_row, scores + i * per_row + at, per_row, QUERIES, D);
-    for (; i + 2 <= rows; i += 2)
-        for (size at = 0; at < keys; at += BLOCK)
-            score(q + i * per_query, per_query, upright + at, per_row, scores + i * per_row + at, per_row, 2, D);
-    for (; i < rows; i++)
-        for (size at = 0; at < keys; at += BLOCK)
-            score(q + i * per_query, per_query, upright + at, per_row, scores + i * per_row + at, per_row, 1, D);
+    if (rows >= QUERIES)
+        for (size next = 0; next < rows; next += QUERIES) {
+            size i = next + QUERIES <= rows ? next : rows - QUERIES;
+            for (size at = 0; at < keys - rows + i + QUERIES; at += BLOCK)
+                score(q + i * per_query, per_query, upright + at, per_row, scores + i * per_row + at, per_row, QUERIES, D);
+        }
+    else
+        for (size i = 0; i < rows; i++)
+            for (size at = 0; at < keys - rows + i + 1; at += BLOCK)
+                score(q + i * per_query, per_query, upright + at, per_row, scores + i * per_row + at, per_row, 1, D);
 }
 
-/* out_i += sum_j w_ij m_j */
-INLINE void combined(const float *w, size w_i, size w_j, const float *m, size per_m, float *out, size per_out, size rows,
-                     size count, size D) {
+/* out_i = sum_j w_ij m_j of the rows of a stripe and the keys that each sees, as above; out is (rows, per_out). */
+INLINE void seen_by(const float *w, size per_row, const float *m, float *out, size per_out, size rows, size keys,
+                    size D) {
+    for (size i = 0; i < rows; i++) memset(out + i * per_out, 0, D * sizeof(float));
     size i = 0;
     for (; i + QUERIES <= rows; i += QUERIES)
-        combine_all(w + i * w_i, w_i, w_j, m, per_m, out + i * per_out, per_out, QUERIES, count, D);
-    for (; i + 2 <= rows; i += 2) combine_all(w + i * w_i, w_i, w_j, m, per_m, out + i * per_out, per_out, 2, count, D);
-    for (; i < rows; i++) combine_all(w + i * w_i, w_i, w_j, m, per_m, out + i * per_out, per_out, 1, count, D);
+        combine_all(w + i * per_row, per_row, 1, m, D, out + i * per_out, per_out, QUERIES, keys - rows + i + QUERIES, D);
+    for (; i + 2 <= rows; i += 2)
+        combine_all(w + i * per_row, per_row, 1, m, D, out + i * per_out, per_out, 2, keys - rows + i + 2, D);
+    for (; i < rows; i++)
+        combine_all(w + i * per_row, per_row, 1, m, D, out + i * per_out, per_out, 1, keys - rows + i + 1, D);
+}
+
+/* out_j += sum_i w_ij m_i for all keys j, over those rows i of a stripe that see key j; out is (keys, D). */
+INLINE void given_to(const float *w, size per_row, const float *m, size per_m, float *out, size rows, size keys,
+                     size D) {
+    size j = 0;
+    for (; j + QUERIES <= keys; j += QUERIES) {
+        size i = j < keys - rows ? 0 : j - (keys - rows);
+        combine_all(w + i * per_row + j, 1, per_row, m + i * per_m, per_m, out + j * D, D, QUERIES, rows - i, D);
+    }
+    for (; j < keys; j++) {
+        size i = j < keys - rows ? 0 : j - (keys - rows);
+        combine_all(w + i * per_row + j, 1, per_row, m + i * per_m, per_m, out + j * D, D, 1, rows - i, D);
+    }
 }
 
 INLINE void forward(const Pass *p, size sequence, size kv_head, float *room, size D) {
@@ -95,9 +120,8 @@ INLINE void forward(const Pass *p, size sequence, size kv_head, float *room, siz
                 size mine = seen - rows + i + 1;
                 p->sums[head * p->tokens + token + i] = softmax(of_i, 0, mine, p->scaling);
                 memset(of_i + mine, 0, (seen - mine) * sizeof(float));
-                memset(out + i * p->heads * D, 0, D * sizeof(float));
             }
-            combined(scores, blocks, 1, values, D, out, p->heads * D, rows, seen, D);
+            seen_by(scores, blocks, values, out, p->heads * D, rows, seen, D);
         }
 }
 
@@ -148,11 +172,10 @@ INLINE void backward(const Pass *p, size part, size kv_head, float *room, size D
                     }
                     memset(w + mine, 0, (seen - mine) * sizeof(float));
                     memset(b + mine, 0, (seen - mine) * sizeof(float));
-                    memset(of_query + i * p->of_query_token, 0, D * sizeof(float));
                 }
-                combined(back, blocks, 1, flat_k, D, of_query, p->of_query_token, rows, seen, D);
-                combined(probs, 1, blocks, grad, wide, of_v, D, seen, rows, D);
-                combined(back, 1, blocks, query, p->query_token, of_k, D, seen, rows, D);
+                seen_by(back, blocks, flat_k, of_query, p->of_query_token, rows, seen, D);
+                given_to(probs, blocks, grad, wide, of_v, rows, seen, D);
+                given_to(back, blocks, query, p->query_token, of_k, rows, seen, D);
             }
         for (size at = 0; at < p->length[s]; at++) { /* nobody else sees these */
             size to = (p->start[s] + at) * p->of_key_token + kv_head * D;

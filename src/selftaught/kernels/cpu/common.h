@@ -29,8 +29,47 @@ typedef int64_t size;
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+typedef float strip __attribute__((vector_size(4 * PANEL), aligned(4), may_alias));
+
+/* Rows i and i + d of a square change their numbers where one's column has the bit d and the other's has not. */
+#if PANEL == 16
+#define LANES_BY(F, d)                                                                                                 \
+    F(0, d), F(1, d), F(2, d), F(3, d), F(4, d), F(5, d), F(6, d), F(7, d), F(8, d), F(9, d), F(10, d), F(11, d), F(12, d), \
+        F(13, d), F(14, d), F(15, d)
+#else
+#define LANES_BY(F, d) F(0, d), F(1, d), F(2, d), F(3, d), F(4, d), F(5, d), F(6, d), F(7, d)
+#endif
+#define FIRST(j, d) ((j) & (d) ? PANEL + (j) - (d) : (j))
+#define SECOND(j, d) ((j) & (d) ? PANEL + (j) : (j) + (d))
+#define EXCHANGE(d)                                                                  \
+    _Pragma("GCC unroll 16") for (size i = 0; i < PANEL; i++) if (!(i & d)) {        \
+        strip one = rows[i], other = rows[i + d];                                    \
+        rows[i] = __builtin_shufflevector(one, other, LANES_BY(FIRST, d));           \
+        rows[i + d] = __builtin_shufflevector(one, other, LANES_BY(SECOND, d));      \
+    }
+
 INLINE vector load(const float *x) { return *(const vector *)x; }
 INLINE void store(float *x, vector y) { *(vector *)x = y; }
+
+/* y_j[i] = x_i[j] of a square of PANEL numbers, whose rows are apart by `per_x` and `per_y`. */
+INLINE void turn(const float *x, size per_x, float *y, size per_y) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+    strip rows[PANEL];
+#pragma GCC unroll 16
+    for (size i = 0; i < PANEL; i++) rows[i] = *(const strip *)(x + i * per_x);
+    EXCHANGE(1)
+    EXCHANGE(2)
+    EXCHANGE(4)
+#if PANEL == 16
+    EXCHANGE(8)
+#endif
+#pragma GCC unroll 16
+    for (size j = 0; j < PANEL; j++) *(strip *)(y + j * per_y) = rows[j];
+#else
+    for (size i = 0; i < PANEL; i++)
+        for (size j = 0; j < PANEL; j++) y[j * per_y + i] = x[i * per_x + j];
+#endif
+}
 
 /* e^x to 2 units in the last place: 2^k e^r, |r| <= log(2) / 2, by the polynomial of Cephes' expf; 0 and infinity
    beyond +-88. */

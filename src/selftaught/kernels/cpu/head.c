@@ -3,7 +3,7 @@
 #include "common.h"
 
 #define MOST (PARTS * LANES) /* rows of x at a time */
-#define TOKENS 24            /* of the vocabulary at a time: whole tiles of any width */
+#define TOKENS 48            /* of the vocabulary at a time: whole tiles of any width, whole squares to be turned */
 #ifdef __AVX512F__
 #define SUMS 24 /* vectors that are summed at a time */
 #else
@@ -32,6 +32,15 @@ INLINE void tiles(const float *w, const float *x, float *out, size K, size count
     for (; i < count; i++) tile(w + i * K, x, out + i * MOST, K, 1, parts);
 }
 
+/* out (rows, count), rows apart by V, from `found` (count, MOST). */
+INLINE void put_back(const float *found, float *out, size V, size rows, size count) {
+    size square_rows = rows / PANEL * PANEL, square_count = count / PANEL * PANEL;
+    for (size j = 0; j < square_rows; j += PANEL)
+        for (size i = 0; i < square_count; i += PANEL) turn(found + i * MOST + j, MOST, out + j * V + i, V);
+    for (size j = 0; j < rows; j++)
+        for (size i = j < square_rows ? square_count : 0; i < count; i++) out[j * V + i] = found[i * MOST + j];
+}
+
 /* out (n, V) = x (n, K) w^T + bias, w (V, K), bias (V) or NULL; room for x in panels, (n in whole vectors, K). */
 void logits(const float *x, const float *w, const float *bias, float *room, float *out, size n, size V, size K,
             int threads) {
@@ -54,9 +63,10 @@ void logits(const float *x, const float *w, const float *bias, float *room, floa
                 else if (parts == 3) tiles(w + v * K, panel, found, K, count, 3);
                 else if (parts == 2) tiles(w + v * K, panel, found, K, count, 2);
                 else tiles(w + v * K, panel, found, K, count, 1);
-                for (size j = 0; j < rows; j++)
+                if (bias)
                     for (size i = 0; i < count; i++)
-                        out[(first + j) * V + v + i] = found[i * MOST + j] + (bias ? bias[v + i] : 0.0f);
+                        for (size j = 0; j < rows; j++) found[i * MOST + j] += bias[v + i];
+                put_back(found, out + first * V + v, V, rows, count);
             }
         }
     }
