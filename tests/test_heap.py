@@ -11,6 +11,10 @@ import pytest
 import torch
 
 from selftaught import heap
+from selftaught.heap import MAPPED_FROM, again, keeping
+from selftaught.loss import chunked_loss
+from selftaught.records import TokenLoss
+from selftaught.vocabulary import Head
 
 
 def test_the_heap_is_fixed_unless_the_user_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,3 +63,43 @@ def test_one_like_another_has_its_order_of_memory(size: int, axes: tuple[int, ..
     x = torch.randn(3, size, 64).permute(axes)
     ours = heap.empty_like(x)
     assert (ours.shape, ours.stride()) == (x.shape, x.stride()) == (x.shape, torch.empty_like(x).stride())
+
+
+def test_memory_is_taken_again_only_of_tensors_that_nobody_holds() -> None:
+    rows = MAPPED_FROM // 4096
+    with keeping():
+        one, other = again(rows, 1024), again(rows, 1024)
+        first, second = one.data_ptr(), other.data_ptr()
+        assert first != second
+        part = one[3:5]
+        del one
+        third = again(rows, 1024)  # the part holds the first
+        assert third.data_ptr() not in (first, second)
+        del part
+        shorter = again(rows - 1, 1024)
+        assert shorter.data_ptr() == first and shorter.shape == (rows - 1, 1024)
+        detached = other.requires_grad_().detach()
+        del other
+        assert again(rows, 1024).data_ptr() != second
+        assert detached.fill_(1.0).sum() == detached.numel()
+        with keeping():
+            del detached
+        assert again(rows, 1024).data_ptr() == second  # the inner block has forgotten nothing
+    shorter.fill_(2.0)  # outlives the block
+    assert heap._blocks == []
+
+
+def test_a_chunked_loss_is_the_same_in_memory_that_is_taken_again() -> None:
+    V, H, N = MAPPED_FROM // (4 * 64) + 1000, 8, 150
+    draw = torch.Generator().manual_seed(0)
+    head = torch.randn(V, H, generator=draw)
+    states, tokens = torch.randn(N, H, generator=draw), torch.randint(V, (N,), generator=draw)
+    found = []
+    for chunk in (None, 16):  # of several chunks above what is mapped; of none
+        hidden, weight = states.clone().requires_grad_(), head.clone().requires_grad_()
+        loss = chunked_loss(lambda student, views, credit: TokenLoss(-student.at_sampled), {"student": hidden},
+                            {"student": Head(weight)}, tokens, {}, torch.ones(N), chunk=chunk).loss
+        loss.backward()
+        found.append((loss.detach(), hidden.grad, weight.grad))
+    for ours, other in zip(*found, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)

@@ -23,6 +23,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -33,13 +34,11 @@ from torch import Tensor
 MAPPED_FROM = 2**24  # bytes
 KEPT = 2**30  # bytes, free at the end of the heap
 PAGE = 2**21  # bytes of a large page
-_BYTES = 4  # of a number
-LARGE = 2**22  # bytes for which `again` takes what is there already
 SMALL = 2**14  # numbers that leave no hole to speak of
-_IDLE = 3  # references to a block that nobody uses: its place, a loop's variable and the count's own
+_BYTES = 4  # of a number
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _fixed = False
-_blocks: list[NDArray[np.float32]] = []
+_blocks: list[NDArray[np.uint8]] = []
 _keeping = 0
 _lock = threading.Lock()
 
@@ -100,32 +99,31 @@ def keeping() -> Iterator[None]:
 
 
 def again(*shape: int) -> Tensor:
-    """Uninitialised float32 on the CPU; a large tensor in the memory of an earlier one that nobody holds any more.
+    """Uninitialised float32 on the CPU; what is mapped in the memory of an earlier one that nobody holds any more.
 
-    The kernel zeroes every page of a new one: 64 rows of a vocabulary of 49,152 take 16 ms to be multiplied, and 22 with
-    that.
+    The kernel zeroes every page of a new one.
     """
     numbers = math.prod(shape)
     with _lock:
-        if not _keeping or numbers * _BYTES < LARGE:
-            return empty(*shape)
-        idle = [block for block in _blocks if sys.getrefcount(block) == _IDLE and block.size >= numbers * _BYTES + PAGE]
+        if not _keeping or numbers * _BYTES < MAPPED_FROM:
+            return torch.empty(shape, dtype=torch.float32, device="cpu")
+        idle = [block for block, count in zip(_blocks, _references(_blocks), strict=True)
+                if count == _idle and block.size >= numbers * _BYTES + PAGE]
         if not idle:
             idle = [_mapped(numbers)]
             _blocks.append(idle[0])
         return torch.from_numpy(_numbers(min(idle, key=len), numbers).reshape(shape))
 
 
-def zeros_like(x: Tensor) -> Tensor:
-    """Zeros of the shape of x, which is dense; what is mapped in float32 on a CPU comes from the kernel as zeros."""
-    if not (x.is_cpu and x.dtype == torch.float32 and x.is_contiguous() and x.numel() * _BYTES >= MAPPED_FROM):
-        return torch.zeros_like(x)
-    return torch.from_numpy(_numbers(_mapped(x.numel()), x.numel()).reshape(x.shape))
+def _references(blocks: list[NDArray[np.uint8]]) -> list[int]:
+    return [sys.getrefcount(blocks[number]) for number in range(len(blocks))]
+
+
+_idle = _references([np.empty(1, np.uint8)])[0]  # of a block that nobody uses, however this interpreter counts
 
 
 def _mapped(numbers: int) -> NDArray[np.uint8]:
-    """Memory for so many, and a page more, with zeros; in pages of 2 MiB if the kernel has them: a product that reads all
-    weights once does so 5 % faster."""
+    """Memory for so many, and a page more; in pages of 2 MiB if the kernel has them."""
     memory = mmap.mmap(-1, numbers * _BYTES + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # of a system, or a kernel, without them
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -147,8 +145,7 @@ def in_a_row(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     small = {name: x for name, x in tensors.items() if x.is_cpu and x.dtype == torch.float32 and x.dim() == 2
              and x.numel() * x.itemsize < MAPPED_FROM}
     ends = [0, *accumulate(x.numel() for x in small.values())]
-    large = ends[-1] * _BYTES >= MAPPED_FROM
-    block = _numbers(_mapped(ends[-1]), ends[-1]) if large else np.empty(ends[-1], np.float32)
+    block = np.empty(ends[-1], np.float32)
     return {name: torch.from_numpy(block[start:end]).view(x.shape).copy_(x)
             for (name, x), (start, end) in zip(small.items(), pairwise(ends), strict=True)}
 
@@ -164,6 +161,11 @@ def together(*parts: Tensor) -> Tensor | None:
                 and x.data_ptr() == at):
             return None
         at += x.numel() * x.itemsize
-    rows = sum(x.shape[0] for x in parts)
-    memory = (ctypes.c_float * (rows * width)).from_address(parts[0].data_ptr())
+    return _matrix_at(parts[0].data_ptr(), sum(x.shape[0] for x in parts), width)
+
+
+@lru_cache(2**12)  # it is looked for in every pass, and holds nothing
+@torch.inference_mode(False)
+def _matrix_at(address: int, rows: int, width: int) -> Tensor:
+    memory = (ctypes.c_float * (rows * width)).from_address(address)
     return torch.frombuffer(memory, dtype=torch.float32).view(rows, width)

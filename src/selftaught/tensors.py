@@ -77,8 +77,8 @@ def scripted(function: Callable[..., Any]) -> Callable[..., Any]:
             return function
 
 
-def fast_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """x W^T, (..., K) by (M, K) to (..., M), in `out` (n, M) where the library can; in autograd's graph the plain product.
+def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, (..., K) by (M, K) to (..., M); in autograd's graph the plain product.
 
     torch's usual library copies the weight into its own order first, which with few rows is most of the work, and takes
     its slower kernels in float32 where the processor is not Intel's. oneDNN copies its right factor alone: with few
@@ -87,7 +87,7 @@ def fast_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     where it is not turned. Intel's, 384 rows: the usual library is ahead by a sixth, and by a third where W is turned.
     """
     if not _for_onednn(x, weight):
-        return x @ weight.t() if out is None else torch.mm(x, weight.t(), out=out)
+        return x @ weight.t()
     rows, width = x.numel() // x.shape[-1], weight.shape[0]
     if rows > (FEW if width < WIDE else FEW // 2) or not weight.is_contiguous():
         return _onednn(x, weight)

@@ -1,4 +1,4 @@
-"""Decoder layers of a decoding step, by the loops of `cpu/decoding.c`: all in one call, or each in two.
+"""Decoder layers by the loops: those of a decoding step (`cpu/decoding.c`) all in one call, or each in two.
 
 Threads wait for Python less often: with a call for each of its parts the layers of a 135M model took 31 to 35 ms for
 16 rows, with two for each layer 28; elsewhere 64 tokens took 4.98 s so, and 4.15 with one call for all of them.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selftaught.heap import empty_like
+from selftaught.heap import empty, empty_like
 from selftaught.kernels import loops
 from selftaught.kernels.loops import PANEL, library
 
@@ -80,6 +80,17 @@ def norm_turned(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     y, room, (height, rows) = empty_like(x), x.new_empty(x.shape[-1]), x.shape[-2:]
     library().norm_turned(*map(_at, (x, weight, y, room)), x.numel() // (height * rows), height, rows, eps, offset)
     return y
+
+
+def normed(x_nH: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x w / sqrt(mean(x^2) + eps), (n, H), and that root's inverse, (n, 1); x becomes x + what is `added` before.
+
+    All is contiguous.
+    """
+    y, root, (n, width) = empty(*x_nH.shape), x_nH.new_empty(x_nH.shape[0], 1), x_nH.shape
+    library().normed(_at(x_nH), None if added is None else _at(added), *map(_at, (weight, root, y)), n, width, eps,
+                     torch.get_num_threads())
+    return y, root
 
 
 def rotate_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -379,8 +379,8 @@ def _declare(library: Any) -> None:
     at, size, real, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     given = {
         "inverse_root": [at] * 2 + [size, size, real, whole], "norm": [at] * 4 + [size, size, whole],
-        "norm_backward": [at] * 7 + [size, size, whole], "gate": [at] * 3 + [size] * 4 + [whole],
-        "gate_backward": [at] * 5 + [size] * 3 + [whole],
+        "normed": [at] * 5 + [size, size, real, whole], "norm_backward": [at] * 7 + [size, size, whole],
+        "gate": [at] * 3 + [size] * 4 + [whole], "gate_backward": [at] * 5 + [size] * 3 + [whole],
         "outer": [at] * 3 + [size] * 3 + [whole, whole], "rotate": [at] * 4 + [size] * 5 + [whole, whole],
         "norm_turned": [at] * 4 + [size] * 3 + [real, real], "rotate_turned": [at] * 4 + [size] * 3,
         "row_statistics": [at, at, size, size, at, whole], "row_sampled_gradient": [at] * 5 + [size, size, whole],

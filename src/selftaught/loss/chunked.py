@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftaught.heap import keeping
 from selftaught.records import Credit, TokenLoss
 from selftaught.tensors import add_product, fast_linear, is_wide, upcast
 from selftaught.vocabulary import Head, TokenDist, affine, chunk_size, finish, keeps_graph, project
@@ -152,12 +153,13 @@ def chunked_loss(loss: LossFunction, hidden: Mapping[str, Tensor], heads: Mappin
     # What outlives a chunk is made once: small blocks kept from each would lie in the holes that the next chunk needs.
     found_N: dict[str, Tensor] = {}
     step = chunk or chunk_size(head.weight.shape[0], student.device.type)
-    for start in range(0, tokens_N.shape[0], step):
-        rows = slice(start, start + step)
-        views = {name: _view(hidden, name, rows, heads[name], tokens_N[rows], temperature)
-                 for name in hidden if name != "student"}
-        part = {name: value[rows] for name, value in credit.items()}
-        _one_chunk(loss, grads, head, views, rows, tokens_N, part, weight_N, temperature, total, found_N)
+    with keeping():
+        for start in range(0, tokens_N.shape[0], step):
+            rows = slice(start, start + step)
+            views = {name: _view(hidden, name, rows, heads[name], tokens_N[rows], temperature)
+                     for name in hidden if name != "student"}
+            part = {name: value[rows] for name, value in credit.items()}
+            _one_chunk(loss, grads, head, views, rows, tokens_N, part, weight_N, temperature, total, found_N)
     grads.finish()
     reduced = total
     if any(needs):

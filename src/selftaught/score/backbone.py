@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import Parameter
 
 from selftaught.errors import UserError
-from selftaught.heap import MAPPED_FROM, give_back, keeping, zeros_like
+from selftaught.heap import MAPPED_FROM, give_back
 from selftaught.records import Section
 from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
@@ -195,11 +195,10 @@ class Backbone:
             yield None if wide is None else wide[: self._rows]
             return
         if weight.grad is None:
-            weight.grad = zeros_like(weight)
+            weight.grad = torch.zeros_like(weight)
         self._fused.adds = self._room
         try:
-            with keeping():
-                yield weight.grad[: self._rows]
+            yield weight.grad[: self._rows]
         finally:
             self._fused.adds = None
 

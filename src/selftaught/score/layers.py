@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from selftaught.heap import empty, in_a_row
+from selftaught.kernels import layer as by_loops
 from selftaught.kernels import loops
 from selftaught.score.attention import Segments
 from selftaught.score.fused import Fused, close, is_silu
@@ -27,7 +28,6 @@ from selftaught.score.operations import (
     Adds,
     fused,
     into_of,
-    inverse_root,
     joint_backward,
     joint_linear,
     of_weights,
@@ -47,10 +47,11 @@ class _Whole(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, form: _Form, adds: Adds,
                 *weights: Tensor) -> Tensor:
         norm, between, query, key, value, out, gate, up, down = weights
-        number, scaling, window = form.attends
+        x, (number, scaling, window) = x.contiguous(), form.attends
         trains = any(ctx.needs_input_grad)
-        root = inverse_root(x, form.eps[0])
-        at = joint_linear(loops.norm(x, norm, root), (query, key, value))
+        normed, root = by_loops.normed(x, norm, form.eps[0])
+        at = joint_linear(normed, (query, key, value))
+        del normed
         q, k, v = form.heads(at)
         loops.rotate(q, cos, sin, inplace=True)
         loops.rotate(k, cos, sin, inplace=True)
@@ -58,9 +59,10 @@ class _Whole(torch.autograd.Function):
             seen, sums = loops.attend_pass(q, k, v, segments.sequences, scaling)
         else:
             seen, sums = segments.attend(number, q, k, v, scaling, window), None
-        middle = linear_onto(x, seen.flatten(1), out)
-        again = inverse_root(middle, form.eps[1])
-        both = joint_linear(loops.norm(middle, between, again), (gate, up), passing=not trains)
+        middle = fast_linear(seen.flatten(1), out)
+        normed, again = by_loops.normed(middle, between, form.eps[1], added=x)
+        both = joint_linear(normed, (gate, up))
+        del normed
         gated, raised = both.chunk(2, -1)
         result = linear_onto(middle, loops.gate(gated, raised, inplace=not trains), down)
         if trains:
@@ -173,14 +175,14 @@ def packed_layers(model: nn.Module, norms: Fused) -> list[tuple[nn.Module, Calla
 @torch.inference_mode(False)
 @torch.no_grad()
 def _lay_out(model: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Move the weights of the layers into a row, and copy all others too: nothing of the file from which they were
+    """Move the weights of each layer into a row, and copy all others too: nothing of the file from which they were
     read need stay mapped. What is shared with another process stays where it is."""
-    own = dict.fromkeys(p for module in layers for p in module.parameters() if not p.is_shared())
-    parameters = {str(number): p for number, p in enumerate(own)}
     moved = set[nn.Parameter]()
-    for number, copy in in_a_row(parameters).items():
-        parameters[number].data = copy
-        moved.add(parameters[number])
+    for module in layers:
+        parameters = {name: p for name, p in module.named_parameters() if not p.is_shared()}
+        for name, copy in in_a_row(parameters).items():
+            parameters[name].data = copy
+            moved.add(parameters[name])
     for parameter in model.parameters():
         if parameter not in moved and fused(parameter) and not parameter.is_shared():
             parameter.data = parameter.data.clone()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from selftaught.heap import again, together
+from selftaught.heap import together
 from selftaught.kernels import loops
 from selftaught.tensors import fast_linear, turned, turns
 
@@ -219,15 +219,10 @@ def _add_product(out: Tensor, grad: Tensor, x: Tensor, fresh: bool) -> Tensor:
     return torch.mm(grad.t(), x, out=out) if fresh else out.addmm_(grad.t(), x)
 
 
-def joint_linear(x: Tensor, weights: Sequence[Tensor], passing: bool = False) -> Tensor:
-    """x W^T of all weights side by side, (n, sum of M): one product where they lie in a row.
-
-    `passing`: nobody keeps it, so that its memory may be an earlier one's.
-    """
+def joint_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """x W^T of all weights side by side, (n, sum of M): one product where they lie in a row."""
     whole = together(*weights)
-    if whole is None:
-        return torch.cat([fast_linear(x, w) for w in weights], 1)
-    return fast_linear(x, whole, again(x.shape[0], whole.shape[0]) if passing else None)
+    return torch.cat([fast_linear(x, w) for w in weights], 1) if whole is None else fast_linear(x, whole)
 
 
 def joint_backward(grad: Tensor, weights: Sequence[Tensor]) -> Tensor:

@@ -140,10 +140,8 @@ INLINE float softmax(float *x, size from, size to, float scaling) {
     size start = from / LANES * LANES, end = (to + LANES - 1) / LANES * LANES;
     for (size i = start; i < from; i++) x[i] = -INFINITY;
     for (size i = to; i < end; i++) x[i] = -INFINITY;
-    for (size lane = 0; lane < LANES; lane++) lanes[lane] = -INFINITY;
-    for (size i = start; i < end; i += LANES) /* a compiler would not change the order in which it compares */
-        for (size lane = 0; lane < LANES; lane++) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
-    for (size lane = 0; lane < LANES; lane++) most = lanes[lane] > most ? lanes[lane] : most;
+#pragma omp simd reduction(max : most)
+    for (size i = start; i < end; i++) most = x[i] > most ? x[i] : most;
     for (size lane = 0; lane < LANES; lane++) lanes[lane] = 0;
     for (size i = start; i < end; i += LANES)
         for (size lane = 0; lane < LANES; lane++) {

@@ -23,6 +23,22 @@ void norm(const float *x, const float *w, const float *root, float *y, size n, s
         for (size h = 0; h < H; h++) y[i * H + h] = x[i * H + h] * root[i] * w[h];
 }
 
+/* x += added, if anything is, then y = x w root and its root, (n): (n, H), each row read once. */
+void normed(float *x, const float *added, const float *w, float *root, float *y, size n, size H, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) if (n * H > SMALL) schedule(static)
+    for (size i = 0; i < n; i++) {
+        float *row = x + i * H, *out = y + i * H, sum = 0;
+        if (added)
+#pragma omp simd
+            for (size h = 0; h < H; h++) row[h] += added[i * H + h];
+#pragma omp simd reduction(+ : sum)
+        for (size h = 0; h < H; h++) sum += row[h] * row[h];
+        float back = root[i] = 1.0f / sqrtf(sum / (float)H + eps);
+#pragma omp simd
+        for (size h = 0; h < H; h++) out[h] = row[h] * back * w[h];
+    }
+}
+
 /* The gradients of x, (n, H), on top of what is `added`, if anything, and of w: (threads, H), one for each part of the
    rows. */
 void norm_backward(const float *grad, const float *x, const float *w, const float *root, const float *added, float *of_x,
