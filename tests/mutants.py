@@ -1063,6 +1063,34 @@ MUTANTS = [
         "",
         "test_loops.py test_chain.py",
     ),
+    Mutant(
+        "stripes_first_query_sees_one_key_less",
+        "kernels/cpu/attention.c",
+        "per_out, QUERIES, keys - rows + i + QUERIES, D);",
+        "per_out, QUERIES, keys - rows + i + QUERIES - 1, D);",
+        "test_loops.py test_layers.py",
+    ),
+    Mutant(
+        "key_forgets_the_last_query_that_sees_it",
+        "kernels/cpu/attention.c",
+        "D, QUERIES, rows - i, D);",
+        "D, QUERIES, rows - i - 1, D);",
+        "test_loops.py test_layers.py",
+    ),
+    Mutant(
+        "norm_of_a_sum_forgets_what_is_added",
+        "kernels/cpu/layers.c",
+        "row[h] += added[i * H + h];",
+        "row[h] += 0 * added[i * H + h];",
+        "test_loops.py test_layers.py",
+    ),
+    Mutant(
+        "memory_of_a_tensor_that_is_held_is_taken_again",
+        "heap.py",
+        "if count == _idle and",
+        "if",
+        "test_heap.py",
+    ),
 ]
 
 
