@@ -25,6 +25,11 @@ typedef int64_t size;
 #define ROWS 8
 #define QUERIES 4
 #endif
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES /* of two vectors; older compilers have none */
+#endif
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -53,7 +58,7 @@ INLINE void store(float *x, vector y) { *(vector *)x = y; }
 
 /* y_j[i] = x_i[j] of a square of PANEL numbers, whose rows are apart by `per_x` and `per_y`. */
 INLINE void turn(const float *x, size per_x, float *y, size per_y) {
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#ifdef SHUFFLES
     strip rows[PANEL];
 #pragma GCC unroll 16
     for (size i = 0; i < PANEL; i++) rows[i] = *(const strip *)(x + i * per_x);
