@@ -66,7 +66,7 @@ def test_one_like_another_has_its_order_of_memory(size: int, axes: tuple[int, ..
 
 
 def test_memory_is_taken_again_only_of_tensors_that_nobody_holds() -> None:
-    rows = MAPPED_FROM // 4096
+    rows = 2 * MAPPED_FROM // 4096
     with keeping():
         one, other = again(rows, 1024), again(rows, 1024)
         first, second = one.data_ptr(), other.data_ptr()
