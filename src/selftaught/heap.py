@@ -1,4 +1,5 @@
-"""The C library's heap, told which blocks to keep and which to give back; and matrices that lie in a row.
+"""The C library's heap, told which blocks to keep and which to give back; memory that is
+taken again; and matrices that lie in a row.
 
 A block that is mapped by itself is returned when freed, and the kernel hands out zeroed pages anew for the next one:
 for a layer's activations that takes a quarter of the time of the product that fills them. One that lies on the heap

@@ -44,10 +44,6 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
 
 
-def _inverse(x: Tensor) -> Tensor:
-    return torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
-
-
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = x.chunk(2, -1)
     return x * cos + torch.cat([-high, low], -1) * sin
@@ -61,8 +57,9 @@ def _layers(draw: torch.Generator) -> Iterator[_Pair]:
     yield "norm", loops.norm(x, weight, root), value
     rows, below = x.clone().view(-1, 72), up.view(-1, 72)
     for added, exact in ((None, value), (below, _norm(x.double() + up, weight.double()))):
-        for ours, found in zip(layer.normed(rows, weight, 1e-6, added), (exact.view(-1, 72), None), strict=True):
-            yield "normed", ours, _inverse(rows) if found is None else found
+        ours, inverse = layer.normed(rows, weight, 1e-6, added)
+        yield "normed", ours, exact.view(-1, 72)
+        yield "normed's root", inverse, torch.rsqrt(rows.double().square().mean(-1, keepdim=True) + 1e-6)
     yield "normed's sum", rows, (x.double() + up).view(-1, 72)
     for name, ours, exact in zip(("of x", "of w"), loops.norm_backward(grad, x, weight, root), (of_x, of_weight),
                                  strict=True):

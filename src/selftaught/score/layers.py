@@ -64,7 +64,7 @@ class _Whole(torch.autograd.Function):
         both = joint_linear(normed, (gate, up))
         del normed
         gated, raised = both.chunk(2, -1)
-        result = linear_onto(middle, loops.gate(gated, raised, inplace=not trains), down)
+        result = linear_onto(middle, loops.gate(gated, raised), down)
         if trains:
             ctx.form, ctx.segments = form, segments
             ctx.into = [into_of(weight, adds) for weight in weights]
