@@ -919,8 +919,8 @@ MUTANTS = [
     Mutant(
         "layer_forgets_its_residual_gradient",
         "score/layers.py",
-        "norm_backward(joint_backward(of_at, (query, key, value)), x, norm, root, of_middle)",
-        "norm_backward(joint_backward(of_at, (query, key, value)), x, norm, root)",
+        "x, norm, kept.root, of_middle)",
+        "x, norm, kept.root)",
         "test_layers.py",
     ),
     Mutant(
@@ -975,8 +975,8 @@ MUTANTS = [
     Mutant(
         "gradients_of_a_row_that_has_none_are_added",
         "score/operations.py",
-        "            _add_product(whole, grad, x, fresh)",
-        "            _add_product(whole, grad, x, False)",
+        "_add_product(place.whole, grad, x, not place.adds)",
+        "_add_product(place.whole, grad, x, False)",
         "test_layers.py",
     ),
     Mutant(
@@ -1083,6 +1083,57 @@ MUTANTS = [
         "row[h] += added[i * H + h];",
         "row[h] += 0 * added[i * H + h];",
         "test_loops.py test_layers.py",
+    ),
+    Mutant(
+        "layer_in_one_call_forgets_its_residual_gradient",
+        "kernels/cpu/passes.c",
+        "norm_back(p, inner, p->x, p->norm, p->root, of_middle, p->of_x,",
+        "norm_back(p, inner, p->x, p->norm, p->root, NULL, p->of_x,",
+        "test_loops.py test_layers.py",
+    ),
+    Mutant(
+        "layer_in_one_call_forgets_the_gradients_before",
+        "kernels/passes.py",
+        "given.adds = (ctypes.c_int * 4)(*(adds for _, adds in into))",
+        "given.adds = (ctypes.c_int * 4)()",
+        "test_loops.py test_layers.py",
+    ),
+    Mutant(
+        "layer_in_one_call_records_nothing",
+        "score/layers.py",
+        "x.shape[0] > FEW and type(segments).attend is Segments.attend)",
+        "x.shape[0] > FEW)",
+        "test_layers.py",
+    ),
+    Mutant(
+        "gradients_of_a_layer_in_one_call_are_nobodys",
+        "score/layers.py",
+        """            for place in places:
+                place.written()
+""",
+        "",
+        "test_layers.py",
+    ),
+    Mutant(
+        "teachers_states_of_the_weights_before",
+        "train.py",
+        "    scorer.forget()\n",
+        "",
+        "test_train.py",
+    ),
+    Mutant(
+        "states_of_the_next_micro_batches_are_made_again",
+        "score/views.py",
+        "if micro.rollouts[-1] < one.rollouts[-1]:",
+        "if False:",
+        "test_score.py",
+    ),
+    Mutant(
+        "states_of_another_micro_batch",
+        "score/views.py",
+        "states[max(micro.tokens.start - first, 0) : micro.tokens.stop - first]",
+        "states[: micro.tokens.stop - micro.tokens.start]",
+        "test_score.py",
     ),
     Mutant(
         "memory_of_a_tensor_that_is_held_is_taken_again",

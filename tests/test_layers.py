@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import families
-from selftaught.heap import in_a_row, together
-from selftaught.kernels import loops
+from selftaught.heap import in_a_row, keeping, together
+from selftaught.kernels import loops, passes
 from selftaught.optim import Teachers
 from selftaught.records import View
 from selftaught.score import Backbone, layers
@@ -49,6 +49,27 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(layers._Whole, "forward", staticmethod(counted))
     return seen
+
+
+@pytest.fixture(params=["in one call", "part by part"])
+def whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int] | None]:
+    """How often a layer was computed in one call, wherever this is and however few its tokens; None: in parts."""
+    in_one_call = request.param == "in one call"
+    if in_one_call and passes.sgemm() is None:
+        pytest.skip("torch multiplies by another library")
+    monkeypatch.setattr(passes, "is_intel", lambda: in_one_call)
+    monkeypatch.setattr(layers, "FEW", 0)
+    counts = {"forward": 0, "backward": 0}
+    for name in counts:
+        right = getattr(passes, name)
+
+        def counted(*given: Any, name: str = name, right: Any = right) -> Any:
+            counts[name] += given[1 if name == "backward" else 0].shape[0] > PROBED
+            return right(*given)
+
+        monkeypatch.setattr(passes, name, counted)
+    yield counts if in_one_call else None
+    assert in_one_call or counts == {"forward": 0, "backward": 0}
 
 
 def exact(model: Any, packed: Packed, weight_NH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -95,7 +116,8 @@ def test_which_layers_are_replaced_and_that_nothing_stays_behind() -> None:
 @pytest.mark.parametrize("rowed", [True, False], ids=["in a row", "apart"])
 @pytest.mark.parametrize("mode", ["returned", "added", "recomputed"])
 @pytest.mark.parametrize("family", sorted(WHOLE))
-def test_numbers_and_gradients_are_the_models_own(family: str, mode: str, rowed: bool, calls: list[int]) -> None:
+def test_numbers_and_gradients_are_the_models_own(family: str, mode: str, rowed: bool, calls: list[int],
+                                                  whole: dict[str, int] | None) -> None:
     """Of two passes, the second of which adds to what is there."""
     model, packed = made(family), ragged()
     weight = torch.randn(len(packed.predict), model.config.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -112,6 +134,9 @@ def test_numbers_and_gradients_are_the_models_own(family: str, mode: str, rowed:
             found = backbone.hidden(packed)
             (found * weight).sum().backward()
     assert len(calls) == (0 if mode == "recomputed" else 4)
+    if whole is not None:
+        expected = len(calls) if rowed else 0
+        assert whole == {"forward": expected, "backward": expected if mode == "added" else 0}
     torch.testing.assert_close(found.double(), hidden, atol=2e-5, rtol=2e-5)
     head = {} if mode == "returned" else {"lm_head.weight"} & wanted.keys()
     agree({name: g for name, g in gradients(model).items() if name in wanted or name in head}, wanted, times=2)
@@ -119,7 +144,8 @@ def test_numbers_and_gradients_are_the_models_own(family: str, mode: str, rowed:
 
 @pytest.mark.parametrize("frozen", ["q_proj", "input_layernorm", "post_attention_layernorm", "up_proj", "o_proj", "",
                                     "embed"])
-def test_what_is_frozen_has_no_gradient_and_changes_no_other(frozen: str, calls: list[int]) -> None:
+def test_what_is_frozen_has_no_gradient_and_changes_no_other(frozen: str, calls: list[int],
+                                                             whole: dict[str, int] | None) -> None:
     model, packed = made(), ragged()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen not in name)
@@ -133,9 +159,11 @@ def test_what_is_frozen_has_no_gradient_and_changes_no_other(frozen: str, calls:
     torch.testing.assert_close(found.detach().double(), hidden, atol=2e-5, rtol=2e-5)
     agree(gradients(model), wanted)
     assert len(calls) == 2
+    if whole is not None:
+        assert whole == {"forward": 2, "backward": 2 if "norm" in frozen else 0}  # "embed": nothing is added
 
 
-def test_hooks_of_a_parameter_are_called_with_its_gradient() -> None:
+def test_hooks_of_a_parameter_are_called_with_its_gradient(whole: dict[str, int] | None) -> None:
     """One of them changes it."""
     model, packed, told = made(), ragged(), list[str]()
     doubled = "model.layers.1.self_attn.k_proj.weight"
@@ -154,7 +182,7 @@ def test_hooks_of_a_parameter_are_called_with_its_gradient() -> None:
     agree(gradients(model), wanted)
 
 
-def test_other_weights_are_used_where_they_stand_in(calls: list[int]) -> None:
+def test_other_weights_are_used_where_they_stand_in(calls: list[int], whole: dict[str, int] | None) -> None:
     model, packed = made(), ragged()
     backbone, other = Backbone(model), made(seed=3)
     teachers = Teachers({"teacher": View("initial")}, other)
@@ -163,7 +191,40 @@ def test_other_weights_are_used_where_they_stand_in(calls: list[int]) -> None:
     assert together(*(weights[f"model.layers.1.self_attn.{name}.weight"] for name in NAMES)) is not None
     hidden, _ = exact(other.requires_grad_(False), packed, torch.zeros(1))
     torch.testing.assert_close(backbone.hidden(packed, weights).double(), hidden, atol=2e-5, rtol=2e-5)
-    assert len(calls) == 2
+    assert len(calls) == 2 and whole in (None, {"forward": 2, "backward": 0})
+
+
+def test_a_pass_that_keeps_what_its_attention_is_shown_is_shown_it(whole: dict[str, int] | None) -> None:
+    """As that of the prompts, from which decoding goes on."""
+    model, prompts = made(), [tuple(IDS[0]), tuple(IDS[1][:9])]
+    _, layers_of = Backbone(model).prefill(prompts)
+    double = copy.deepcopy(model).double()
+    for row, prompt in enumerate(prompts):
+        cache = double.model(input_ids=torch.tensor([prompt]), use_cache=True).past_key_values
+        for layer, (keys, values) in layers_of.items():
+            for found, own in ((keys, cache.layers[layer].keys), (values, cache.layers[layer].values)):
+                torch.testing.assert_close(found[:, row, : len(prompt)].double(), own[0], atol=2e-5, rtol=2e-5)
+    assert len(layers_of) == 2
+
+
+@pytest.mark.skipif(not passes.multiplies(), reason="torch multiplies by another library")
+def test_a_layer_in_one_call_has_the_bits_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three groups, whose gradients are added; and without gradient, in memory that is taken again."""
+    packed = pack([tuple(IDS[0]), tuple(IDS[1])] * 2, [tuple(IDS[2]), tuple(IDS[3][:9]), tuple(IDS[3]), (5, 6)])
+    weight = torch.randn(len(packed.predict), 32, generator=torch.Generator().manual_seed(1))
+    found = []
+    for whole_layer in (True, False):
+        monkeypatch.setattr(passes, "is_intel", lambda whole_layer=whole_layer: whole_layer)
+        model = made()
+        backbone = Backbone(model)
+        with backbone.accumulating():
+            for _ in range(3):
+                (backbone.hidden(packed) * weight).sum().backward()
+        with backbone.frozen(), keeping():
+            found.append({"frozen": backbone.hidden(packed), **gradients(model)})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    for name, value in found[0].items():
+        assert value.equal(found[1][name]), name
 
 
 def hooked(model: Any) -> Iterator[list[str]]:

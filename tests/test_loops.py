@@ -20,7 +20,7 @@ from torch.nn.functional import silu
 
 import families
 from selftaught import kernels
-from selftaught.kernels import base, compiled, layer, loops, probe
+from selftaught.kernels import base, compiled, layer, loops, passes, probe
 from selftaught.rollout.cache import DecodeCache
 from selftaught.score import Backbone
 from selftaught.score.attention import Segments
@@ -413,7 +413,7 @@ def test_attention_of_a_packed_pass_and_its_gradient(case: str, heads: int, kv_h
         probs = scores.masked_fill(~seen_by(packed), -torch.inf).softmax(-1)
         return torch.einsum("hqk,khd->qhd", probs, value)
 
-    with mock.patch.object(loops, "attend_pass", wraps=loops.attend_pass) as called:
+    with mock.patch.object(passes, "attend_pass", wraps=passes.attend_pass) as called:
         found = ours(attended, *inputs)
     assert called.called
     for a, b in zip(found, exact(dense, *inputs), strict=True):
@@ -433,7 +433,7 @@ def test_a_packed_pass_reads_queries_and_keys_in_any_order_of_memory() -> None:
 def test_a_window_that_hides_something_is_left_to_torch(window: int | None, looped: bool) -> None:
     packed = pack([(5, 6, 7, 8)], [(1, 2, 3, 4)])  # the last input stands at 6 and sees 7 tokens
     query, key = drawn(4, 7, 16), drawn(2, 7, 16, seed=1)
-    with mock.patch.object(loops, "attend_pass", wraps=loops.attend_pass) as called:
+    with mock.patch.object(passes, "attend_pass", wraps=passes.attend_pass) as called:
         found = Segments(packed).attend(0, query, key, key, 0.4, window)
     assert called.called is looped
     with kernels.off():

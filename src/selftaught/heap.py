@@ -36,6 +36,7 @@ MAPPED_FROM = 2**24  # bytes
 KEPT = 2**30  # bytes, free at the end of the heap
 PAGE = 2**21  # bytes of a large page
 SMALL = 2**14  # numbers that leave no hole to speak of
+LINE = 16  # numbers of a line of the cache
 _BYTES = 4  # of a number
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _fixed = False
@@ -74,6 +75,12 @@ def empty(*shape: int) -> Tensor:
     if math.prod(shape) < SMALL:
         return torch.empty(shape, dtype=torch.float32, device="cpu")
     return torch.from_numpy(np.empty(shape, np.float32))
+
+
+def empty_lines(numbers: int) -> Tensor:
+    """The same, from the border of a line of the cache on, where products read and write faster."""
+    whole = empty(numbers + LINE)
+    return whole[-whole.data_ptr() // _BYTES % LINE :][:numbers]
 
 
 def empty_like(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROWS = 32  # a chunk is a multiple of it: matrix kernels read whole blocks
 NO_MASS = -1e4  # a log-prob whose exponential is 0, in float64 too
-FEWEST = 64  # rows of a chunk, however large the vocabulary: its weight is read four times for each
+FEWEST = 128  # rows of a chunk, however large the vocabulary: its weight is read four times for each
 CHUNK_ELEMENTS = 2**21  # logits of one chunk, about: 8 MiB in float32
 BLOCK_ELEMENTS = 2**18  # of a chunk's logits that a CPU works on at a time where it can: 1 MiB in float32
 CUDA_ROWS = 128  # of a chunk on a GPU

@@ -13,9 +13,6 @@ import ctypes
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -116,111 +113,6 @@ def outer(out_MK: Tensor, a_nM: Tensor, b_nK: Tensor, fresh: bool = False) -> Te
     library().outer(*_at(a_nM, b_nK, out_MK), n, height, width, fresh, torch.get_num_threads())
     torch.autograd.graph.increment_version(out_MK)
     return out_MK
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the sequences of a packed pass lie: runs of tokens, causal among themselves, that see what is before whole.
-
-    (5, sequences): start and length, how many first tokens of the pass it sees, start and length of its prompt. Those
-    of one prompt follow one another.
-    """
-
-    sequences: Tensor
-
-    @classmethod
-    def of(cls, sequences: list[tuple[int, int, int, int, int]]) -> Layout:
-        return cls(torch.tensor(sequences, dtype=torch.int64, device="cpu").view(-1, 5).t().contiguous())
-
-    @cached_property
-    def most(self) -> int:
-        """Keys that a token sees at most."""
-        return int(self.sequences[[1, 2, 4]].sum(0).max())
-
-    @cached_property
-    def longest(self) -> int:
-        """Keys before a sequence's own, at most."""
-        return int(self.sequences[[2, 4]].sum(0).max())
-
-    @cached_property
-    def _prompts(self) -> list[int]:
-        """The first sequence of each prompt, and their number."""
-        same = self.sequences[2:].t().tolist()
-        return [*(i for i, it in enumerate(same) if not i or it != same[i - 1]), len(same)]
-
-    def parts(self, kv_heads: int) -> Tensor:
-        """The first sequence of each part, and their number: work for every thread, of sequences with one prompt."""
-        pieces = -(-2 * torch.get_num_threads() // (kv_heads * (len(self._prompts) - 1)))
-        cuts = [first + (end - first) * piece // pieces
-                for first, end in pairwise(self._prompts) for piece in range(pieces)]
-        return torch.tensor([*dict.fromkeys(cuts), self._prompts[-1]], dtype=torch.int64, device="cpu")
-
-
-class _Pass(ctypes.Structure):
-    """As in cpu/attention.c."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "query", "key", "value", "grad", "out", "log_sum", "start", "length", "common", "prompt", "prompt_length",
-            "first", "made", "sums", "of_query", "of_key", "of_value", "before", "room")),
-        *((name, ctypes.c_int64) for name in (
-            "sequences", "parts", "longest", "heads", "kv_heads", "tokens", "width", "space", "query_head",
-            "query_token", "key_head", "key_token", "value_head", "value_token", "of_query_token",
-            "of_key_token")),
-        ("scaling", ctypes.c_float), ("threads", ctypes.c_int),
-    ]  # fmt: skip
-
-
-def attend_pass(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> tuple[Tensor, Tensor]:
-    """Attention of a packed pass: query (Hq, T, D), key and value (Hkv, T, D) to (T, Hq, D) and log-sums (Hq, T)."""
-    heads, tokens, width = query.shape
-    made, sums = empty(tokens, heads, width), query.new_empty(heads, tokens)
-    given, _room = _pass(query, key, value, layout, scaling, layout.sequences.shape[1], 2, 1)
-    given.made, given.sums = _at(made, sums)
-    library().attend_pass(ctypes.byref(given))
-    return made, sums
-
-
-def attend_pass_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor,
-                         layout: Layout, scaling: float, joined: Tensor | None = None
-                         ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, in the order of memory of (T, heads, D), from that of `attend_pass`.
-
-    They are put into `joined` (T, Hq + 2 Hkv, D), one beside the other, if it is given.
-    """
-    tokens, width = query.shape[1:]
-    counts = query.shape[0], key.shape[0], value.shape[0]
-    made = [empty(tokens, n, width) for n in counts] if joined is None else joined.split(counts, 1)
-    first = layout.parts(key.shape[0])
-    before = empty(first.shape[0] - 1, key.shape[0], 2, layout.longest, width)
-    given, _room = _pass(query, key, value, layout, scaling, first.shape[0] - 1, 5, 2)
-    given.grad, given.out, given.log_sum, given.first, given.before = _at(grad, out, sums, first, before)
-    given.of_query, given.of_key, given.of_value = _at(*made)
-    given.of_query_token, given.of_key_token = made[0].stride(0), made[1].stride(0)
-    given.parts, given.longest = first.shape[0] - 1, layout.longest
-    library().attend_pass_backward(ctypes.byref(given))
-    return made[0].transpose(0, 1), made[1].transpose(0, 1), made[2].transpose(0, 1)
-
-
-def _pass(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, pieces: int, wide: int,
-          stripes: int) -> tuple[_Pass, Tensor]:
-    """What both directions are given, and the room that it points to, which must be held while they run.
-
-    `wide` matrices (keys, D) and `stripes` of scores for each thread, of which no more than pieces have work.
-    """
-    heads, tokens, width = query.shape
-    most = -(-layout.most // BLOCK) * BLOCK
-    space = most * (wide * width + stripes * STRIPE)
-    threads = min(torch.get_num_threads(), pieces * key.shape[0])
-    room = empty(threads, space)
-    given = _Pass(threads=threads, scaling=scaling, sequences=layout.sequences.shape[1], heads=heads,
-                  kv_heads=key.shape[0], tokens=tokens, width=width, space=space)
-    given.query, given.key, given.value, given.room = _at(query, key, value, room)
-    given.start, given.length, given.common, given.prompt, given.prompt_length = _at(*layout.sequences)
-    given.query_head, given.query_token = query.stride()[:2]
-    given.key_head, given.key_token = key.stride()[:2]
-    given.value_head, given.value_token = value.stride()[:2]
-    return given, room
 
 
 # ----------------------------------------------------------------------------------------------------- decoding
@@ -393,7 +285,8 @@ def _declare(library: Any) -> None:
         "row_clipped": [at] * 4 + [real, size, size, at, at, whole],
         "row_gradient": [whole] + [at] * 6 + [real, at, size, size, whole],
         "logits": [at] * 5 + [size] * 3 + [whole], "decode": [at, size, size],
-        **{name: [at] for name in ("attend", "product", "before", "after", "attend_pass", "attend_pass_backward")},
+        **{name: [at] for name in ("attend", "product", "before", "after", "attend_pass", "attend_pass_backward",
+                                   "forward_layer", "backward_layer")},
     }  # fmt: skip
     for name, types in given.items():
         function = getattr(library, name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from selftaught.kernels import cpu_rows, layer, loops
+from selftaught.kernels import cpu_rows, layer, loops, passes
 from selftaught.kernels.base import Side
 
 CLOSE = 2e-5  # of the largest number of a result
@@ -22,7 +22,7 @@ def check() -> None:
     """Raises RuntimeError where a loop's numbers are not torch's."""
     draw = torch.Generator("cpu").manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):  # wherever the first caller may be
-        for part in (_layers, _decoding, _decoded_layer, _stacked, _passes, _statistics, _divergences):
+        for part in (_layers, _decoding, _decoded_layer, _stacked, _passes, _whole_layer, _statistics, _divergences):
             for name, ours, exact in part(draw):
                 gap = float((ours.double() - exact).abs().max())
                 if not gap <= CLOSE * float(exact.abs().max()):
@@ -154,25 +154,60 @@ def _stacked(draw: torch.Generator) -> Iterator[_Pair]:
     yield "layers in one call", ours, exact.double()
 
 
-def _passes(draw: torch.Generator) -> Iterator[_Pair]:
-    layout = loops.Layout.of([(0, 2, 0, 0, 0), (2, 3, 2, 0, 0), (5, 41, 2, 2, 3), (46, 5, 2, 2, 3)])
+_SEQUENCES = [(0, 2, 0, 0, 0), (2, 3, 2, 0, 0), (5, 41, 2, 2, 3), (46, 5, 2, 2, 3)]  # of a packed pass
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Of these sequences, three query heads to a key's: (Hq, T, D)."""
     seen = torch.ones(51, 51, dtype=torch.bool).tril()
     seen[46:, 5:46] = False
+    scores = query @ key.repeat_interleave(3, 0).mT * 0.2
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value.repeat_interleave(3, 0)
+
+
+def _passes(draw: torch.Generator) -> Iterator[_Pair]:
+    layout = passes.Layout.of(_SEQUENCES)
     query, grad = _drawn(draw, 2, 6, 51, 80)
     key, value = _drawn(draw, 2, 2, 51, 80)
-
-    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scores = query @ key.repeat_interleave(3, 0).mT * 0.2
-        return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value.repeat_interleave(3, 0)
-
-    out, sums = loops.attend_pass(query, key, value, layout, 0.2)
-    exact = _exact(attended, grad, query, key, value)
+    out, sums = passes.attend_pass(query, key, value, layout, 0.2)
+    exact = _exact(_attended, grad, query, key, value)
     yield "attend_pass", out.transpose(0, 1), exact[0]
     for joined in (None, query.new_empty(51, 10, 80)):
-        slopes = loops.attend_pass_backward(
+        slopes = passes.attend_pass_backward(
             grad.transpose(0, 1).contiguous(), query, key, value, out, sums, layout, 0.2, joined)
         for ours, wanted in zip(slopes, exact[1:], strict=True):
             yield "attend_pass's gradient", ours, wanted
+
+
+def _whole_layer(draw: torch.Generator) -> Iterator[_Pair]:
+    if passes.sgemm() is None:
+        return
+    layout, shape = passes.Layout.of(_SEQUENCES), passes.Shape((1e-6, 1e-6), (6, 2), 16, 0.2)
+    (x, grad), (cos, sin) = _drawn(draw, 2, 51, 40), _drawn(draw, 2, 51, 16)
+    sizes = (40,), (40,), (160, 40), (40, 96), (2 * 19, 40), (40, 19)
+    weights = passes.Weights(*(_drawn(draw, *size) / (1 if len(size) == 1 else 6) for size in sizes))
+
+    def layer_of(x: Tensor, norm: Tensor, between: Tensor, heads: Tensor, out: Tensor, inner: Tensor, down: Tensor
+                 ) -> Tensor:
+        query, key, value = (_norm(x, norm) @ heads.mT).unflatten(-1, (-1, 16)).transpose(0, 1).split((6, 2, 2))
+        seen = _attended(_rotated(query, cos, sin), _rotated(key, cos, sin), value)
+        middle = x + seen.transpose(0, 1).flatten(1) @ out.mT
+        gated, raised = (_norm(middle, between) @ inner.mT).chunk(2, -1)
+        return middle + (silu(gated) * raised) @ down.mT
+
+    exact, of_x, *slopes = _exact(layer_of, grad, x, *weights)
+    for keeps in (False, True):
+        ours, kept = passes.forward(x, cos, sin, weights, layout, shape, keeps)
+        yield "a layer in one call", ours, exact
+    assert kept is not None
+    before = [_drawn(draw, *size) for size in sizes[2:]]
+    for adds in (False, True):
+        into = [(x.clone(), adds) for x in before]
+        found = passes.backward(grad, x, cos, sin, weights, kept, layout, shape, into)
+        for ours, wanted in zip(found, (of_x, *slopes[:2]), strict=True):
+            yield "its gradient", ours, wanted
+        for (ours, _), known, wanted in zip(into, before, slopes[2:], strict=True):
+            yield "its weights' gradient", ours, wanted + known if adds else wanted
 
 
 def _statistics(draw: torch.Generator) -> Iterator[_Pair]:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 
-from selftaught.kernels import loops
+from selftaught.kernels import loops, passes
 from selftaught.score.operations import fused, run
 from selftaught.tensors import Packed
 
@@ -136,8 +136,8 @@ class _Looped(torch.autograd.Function):
     """Attention of a packed pass by the compiled loops, which read keys and values where they lie: (T, Hq, D)."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: loops.Layout, scaling: float) -> Tensor:
-        out, sums = loops.attend_pass(query, key, value, layout, scaling)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: passes.Layout, scaling: float) -> Tensor:
+        out, sums = passes.attend_pass(query, key, value, layout, scaling)
         ctx.save_for_backward(query, key, value, out, sums)
         ctx.layout, ctx.scaling = layout, scaling
         return out
@@ -146,7 +146,8 @@ class _Looped(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, sums = ctx.saved_tensors
-        of_inputs = loops.attend_pass_backward(grad.contiguous(), query, key, value, out, sums, ctx.layout, ctx.scaling)
+        of_inputs = passes.attend_pass_backward(grad.contiguous(), query, key, value, out, sums, ctx.layout,
+                                                ctx.scaling)
         return *of_inputs, None, None
 
 
@@ -200,7 +201,7 @@ class Segments:
             for length in group.responses:
                 sequences += [(at, length, self.common, group.start, group.prompt)] if length else []
                 at += length
-        self.sequences = loops.Layout.of(sequences)
+        self.sequences = passes.Layout.of(sequences)
         for group in packed.groups:
             written = sum(group.responses)
             self._sizes += [group.prompt, written]

@@ -3,7 +3,8 @@
 Module by module (`fused`) a layer is fourteen functions, and some of its seven products are small. Here layers of one
 input are one product where their weights lie in a row: queries, keys and values, and both factors of the
 gated layer; so are their gradients. Residual sums are done by the products, gradients are written to where the next
-product reads them, and rotations take no memory. A layer is replaced only if it gives the numbers of its own forward on
+product reads them, and rotations take no memory. Where the loops can call the fastest product themselves, and weights
+and gradients lie so, either way is one call (`kernels.passes`), to the same bits. A layer is replaced only if it gives the numbers of its own forward on
 a probe, which also shows how it calls its attention.
 
 Shapes: n tokens of a pass, H hidden, I inner width, D of one head, A = (Hq + 2 Hkv) D.
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from selftaught.heap import empty, in_a_row
+from selftaught.heap import empty, in_a_row, together
 from selftaught.kernels import layer as by_loops
-from selftaught.kernels import loops
+from selftaught.kernels import loops, passes
 from selftaught.score.attention import Segments
 from selftaught.score.fused import Fused, close, is_silu
 from selftaught.score.operations import (
@@ -31,13 +32,15 @@ from selftaught.score.operations import (
     joint_backward,
     joint_linear,
     of_weights,
+    place_of,
     run,
 )  # fmt: skip
 from selftaught.score.turned import PARTS, Shown, is_looked_at
-from selftaught.tensors import fast_linear, linear_onto, pack
+from selftaught.tensors import FEW, fast_linear, linear_onto, pack
 
 _WEIGHTS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
             "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # as `_Whole` takes them
+_MATRICES = slice(2, 5), slice(5, 6), slice(6, 8), slice(8, 9)  # those of one input
 
 
 class _Whole(torch.autograd.Function):
@@ -46,57 +49,85 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, form: _Form, adds: Adds,
                 *weights: Tensor) -> Tensor:
-        norm, between, query, key, value, out, gate, up, down = weights
-        x, (number, scaling, window) = x.contiguous(), form.attends
-        trains = any(ctx.needs_input_grad)
-        normed, root = by_loops.normed(x, norm, form.eps[0])
-        at = joint_linear(normed, (query, key, value))
-        del normed
-        q, k, v = form.heads(at)
-        loops.rotate(q, cos, sin, inplace=True)
-        loops.rotate(k, cos, sin, inplace=True)
-        if trains:
-            seen, sums = loops.attend_pass(q, k, v, segments.sequences, scaling)
+        x, trains = x.contiguous(), any(ctx.needs_input_grad)
+        joined = form.in_one_call(x, segments, weights)
+        if joined is None:
+            result, kept = _forward(x, cos, sin, segments, form, weights, trains)
         else:
-            seen, sums = segments.attend(number, q, k, v, scaling, window), None
-        middle = fast_linear(seen.flatten(1), out)
-        normed, again = by_loops.normed(middle, between, form.eps[1], added=x)
-        both = joint_linear(normed, (gate, up))
-        del normed
-        gated, raised = both.chunk(2, -1)
-        result = linear_onto(middle, loops.gate(gated, raised), down)
-        if trains:
+            result, kept = passes.forward(x, cos, sin, joined, segments.sequences, form.shape, trains)
+        if kept is not None:
             ctx.form, ctx.segments = form, segments
             ctx.into = [into_of(weight, adds) for weight in weights]
-            ctx.save_for_backward(x, cos, sin, root, at, seen, sums, middle, again, both, *weights)
+            ctx.save_for_backward(x, cos, sin, *kept, *weights)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, cos, sin, root, at, seen, sums, middle, again, both, *weights = ctx.saved_tensors
-        norm, between, query, key, value, out, gate, up, down = weights
-        form: _Form = ctx.form
-        into, needs = ctx.into, ctx.needs_input_grad[-len(weights):]
-        grad = grad.contiguous()
-        active, of_both = fast_linear(grad, down.t()), empty(*both.shape)
-        gated, raised = both.chunk(2, -1)
-        loops.gate_backward(gated, raised, active, of_both)
-        of_down = of_weights(grad, active, (down,), into[8:], needs[8:])
-        of_gated = of_weights(of_both, loops.norm(middle, between, again), (gate, up), into[6:8], needs[6:8])
-        of_middle, of_between = loops.norm_backward(joint_backward(of_both, (gate, up)), middle, between, again, grad)
-        of_out = of_weights(of_middle, seen.flatten(1), (out,), into[5:6], needs[5:6])
-        of_at = empty(*at.shape)
-        of_seen = fast_linear(of_middle, out.t()).view(seen.shape)
-        of_q, of_k, _ = loops.attend_pass_backward(
-            of_seen, *form.heads(at), seen, sums, ctx.segments.sequences, form.attends[1],
-            joined=of_at.unflatten(1, (-1, form.width)))
-        loops.rotate(of_q, cos, sin, back=True, inplace=True)
-        loops.rotate(of_k, cos, sin, back=True, inplace=True)
-        of_heads = of_weights(of_at, loops.norm(x, norm, root), (query, key, value), into[2:5], needs[2:5])
-        of_x, of_norm = loops.norm_backward(joint_backward(of_at, (query, key, value)), x, norm, root, of_middle)
-        of_norms = [g if need else None for g, need in zip((of_norm, of_between), needs[:2], strict=True)]
-        return of_x, *(None,) * 5, *of_norms, *of_heads, *of_out, *of_gated, *of_down
+        x, cos, sin, *rest = ctx.saved_tensors
+        kept, weights = passes.Kept(*rest[: -len(_WEIGHTS)]), rest[-len(_WEIGHTS) :]
+        form, grad, needs = ctx.form, grad.contiguous(), ctx.needs_input_grad[-len(weights) :]
+        joined = form.in_one_call(x, ctx.segments, weights)
+        places = [place for of in _MATRICES if (place := place_of(ctx.into[of], needs[of])) is not None]
+        of_matrices: list[Tensor | None] = [None] * (len(weights) - 2)
+        if joined is None or len(places) < len(_MATRICES):
+            of_x, of_norms, of_matrices = _backward(grad, x, cos, sin, kept, weights, ctx, needs)
+        else:
+            of_x, *of_norms = passes.backward(grad, x, cos, sin, joined, kept, ctx.segments.sequences, form.shape,
+                                              [(place.whole, place.adds) for place in places])
+            for place in places:
+                place.written()
+        of_trained = (g if need else None for g, need in zip(of_norms, needs, strict=False))
+        return of_x, *(None,) * 5, *of_trained, *of_matrices
+
+
+def _forward(x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, form: _Form, weights: Sequence[Tensor],
+             trains: bool) -> tuple[Tensor, passes.Kept | None]:
+    """The layer of x, part by part, and what is kept of it."""
+    (norm, between, query, key, value, out, gate, up, down), (number, scaling, window) = weights, form.attends
+    normed, root = by_loops.normed(x, norm, form.shape.eps[0])
+    at = joint_linear(normed, (query, key, value))
+    del normed
+    q, k, v = form.heads(at)
+    loops.rotate(q, cos, sin, inplace=True)
+    loops.rotate(k, cos, sin, inplace=True)
+    if trains:
+        seen, sums = passes.attend_pass(q, k, v, segments.sequences, scaling)
+    else:
+        seen, sums = segments.attend(number, q, k, v, scaling, window), root
+    middle = fast_linear(seen.flatten(1), out)
+    normed, again = by_loops.normed(middle, between, form.shape.eps[1], added=x)
+    both = joint_linear(normed, (gate, up))
+    del normed
+    gated, raised = both.chunk(2, -1)
+    result = linear_onto(middle, loops.gate(gated, raised), down)
+    return result, passes.Kept(root, at, seen, sums, middle, again, both) if trains else None
+
+
+def _backward(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, kept: passes.Kept, weights: Sequence[Tensor], ctx: Any,
+              needs: Sequence[bool]) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """The gradients of x, of both norms' weights, and of the matrices."""
+    norm, between, query, key, value, out, gate, up, down = weights
+    form, into = ctx.form, ctx.into
+    active, of_both = fast_linear(grad, down.t()), empty(*kept.both.shape)
+    gated, raised = kept.both.chunk(2, -1)
+    loops.gate_backward(gated, raised, active, of_both)
+    of_down = of_weights(grad, active, (down,), into[8:], needs[8:])
+    of_gated = of_weights(of_both, loops.norm(kept.middle, between, kept.again), (gate, up), into[6:8], needs[6:8])
+    of_middle, of_between = loops.norm_backward(joint_backward(of_both, (gate, up)), kept.middle, between, kept.again,
+                                                grad)
+    of_out = of_weights(of_middle, kept.seen.flatten(1), (out,), into[5:6], needs[5:6])
+    of_at = empty(*kept.at.shape)
+    of_seen = fast_linear(of_middle, out.t()).view(kept.seen.shape)
+    q, k, v = form.heads(kept.at)
+    of_q, of_k, _ = passes.attend_pass_backward(
+        of_seen, q, k, v, kept.seen, kept.sums, ctx.segments.sequences, form.attends[1],
+        joined=of_at.unflatten(1, (-1, form.width)))
+    loops.rotate(of_q, cos, sin, back=True, inplace=True)
+    loops.rotate(of_k, cos, sin, back=True, inplace=True)
+    of_heads = of_weights(of_at, loops.norm(x, norm, kept.root), (query, key, value), into[2:5], needs[2:5])
+    of_x, of_norm = loops.norm_backward(joint_backward(of_at, (query, key, value)), x, norm, kept.root, of_middle)
+    return of_x, [of_norm, of_between], [*of_heads, *of_out, *of_gated, *of_down]
 
 
 class _Form:
@@ -108,7 +139,7 @@ class _Form:
         self._module, self._norms, self.width = module, norms, int(attention.head_dim)
         self._parts = [module.get_submodule(name) for name in _WEIGHTS]
         known = [norms.known_norm(part) for part in self._parts[:2]]
-        self.eps = [each["eps"] for each in known]
+        self._eps = known[0]["eps"], known[1]["eps"]
         self._modules = list(module.modules())
         self._numbers = self._those_of_the_forward()
         others = [part for part in self._modules if part not in (module, attention, mlp, *self._parts)]
@@ -128,6 +159,24 @@ class _Form:
             return own
         cos, sin = (table[0].contiguous() for table in position_embeddings)
         return run(_Whole, hidden_states.flatten(0, 1), cos, sin, segments, self, adds, *weights)[None]
+
+    @property
+    def shape(self) -> passes.Shape:
+        query, key = (part.weight.shape[0] // self.width for part in self._parts[2:4])
+        return passes.Shape(self._eps, (query, key), self.width, self.attends[1])
+
+    def in_one_call(self, x: Tensor, segments: Segments, weights: Sequence[Tensor]) -> passes.Weights | None:
+        """All its weights, those of one input as one matrix, if a call for the whole layer is the fastest.
+
+        Not where the attention itself is asked, which may keep what it is shown.
+        """
+        if not (passes.multiplies() and x.shape[0] > FEW and type(segments).attend is Segments.attend):
+            return None
+        joined = [together(*weights[of]) for of in _MATRICES]
+        heads, out, inner, down = joined
+        if heads is None or out is None or inner is None or down is None:
+            return None
+        return passes.Weights(weights[0], weights[1], heads, out, inner, down)
 
     def _suits(self, x: Tensor, angles: Any, segments: Any, weights: Sequence[Tensor], named: dict[str, Any]) -> bool:
         """Is this a packed pass whose attention the loops compute, in float32, through a layer that is as it was?

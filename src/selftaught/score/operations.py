@@ -7,6 +7,7 @@ of `kernels.loops` where there are any, by torch's operators elsewhere, with the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -242,20 +243,38 @@ def of_weights(grad: Tensor, x: Tensor, weights: Sequence[Tensor], into: Sequenc
 
     `into` is as `into_of` says. Where all of them are added and lie in a row, by one product.
     """
-    parameters = [parameter for each in into if (parameter := _addable(each)) is not None]
-    if all(needs) and len(parameters) == len(weights):
-        held: list[Any] = [(each[0].grad, each[1]) for each in into if each is not None]
-        fresh = all(known is None for known, _ in held)
-        places = [room if fresh else known for known, room in held]
-        whole = None if any(place is None for place in places) else together(*places)
-        if whole is not None:
-            _add_product(whole, grad, x, fresh)
-            for parameter, place in zip(parameters, places, strict=True):
-                parameter.grad = place
-                torch.autograd.graph.increment_version(place)
-            return [None] * len(weights)
+    if (place := place_of(into, needs)) is not None:
+        _add_product(place.whole, grad, x, not place.adds)
+        place.written()
+        return [None] * len(weights)
     return [_of_weight(g, x, each) if need else None
             for g, each, need in zip(_parts(grad, weights), into, needs, strict=True)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the gradients of some weights of one input are added together: they lie in a row."""
+
+    whole: Tensor
+    adds: bool  # to what is there
+    _parts: list[tuple[torch.nn.Parameter, Tensor]]
+
+    def written(self) -> None:
+        """Make it known."""
+        for parameter, part in self._parts:
+            parameter.grad = part
+            torch.autograd.graph.increment_version(part)
+
+
+def place_of(into: Sequence[_Into], needs: Sequence[bool]) -> Place | None:
+    """The place of all of them; None where one needs no gradient, or somebody is to be told of it."""
+    parameters: list[Any] = [_addable(each) for each in into]
+    if not all(needs) or any(parameter is None for parameter in parameters):
+        return None
+    fresh = all(parameter.grad is None for parameter in parameters)
+    rooms: list[Any] = [each[1] if fresh else each[0].grad for each in into if each is not None]
+    whole = None if any(room is None for room in rooms) else together(*rooms)
+    return None if whole is None else Place(whole, not fresh, [*zip(parameters, rooms, strict=True)])
 
 
 def _parts(grad: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:

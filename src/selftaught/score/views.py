@@ -9,13 +9,14 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from selftaught.heap import keeping
 from selftaught.records import Batch, View
 from selftaught.score.backbone import Backbone, Named
 from selftaught.tensors import Lazy, offsets, pack, split_by_budget, split_padded
 from selftaught.vocabulary import Head, sampled_log_probs
 
 STUDENT = View("live", "plain")
-PASS_TOKENS = 2**11  # of a pass without gradient at least: of fewer, weights are read and operators called for little
+PASS_TOKENS = 1280  # of a pass without gradient at least: with fewer, weights are read and operators called for little
 KEPT_BYTES = 2**28  # of hidden states that credit's scores leave for the loss of the same batch
 
 
@@ -133,7 +134,7 @@ class Scorer:
         packed = pack([prompts[i] for i in there], [batch.responses[i] for i in there], str(backbone.device))
         if name == "student":
             return backbone.hidden(packed)
-        with backbone.frozen():
+        with backbone.frozen(), keeping():
             hidden = backbone.hidden(packed, weights)
         if len(there) == len(micro.rollouts):
             return hidden

@@ -5,27 +5,7 @@
    at once (flash attention's softmax, arXiv 2307.08691, without its blocks of keys: a stripe's scores stay in a cache up
    to some thousand tokens). */
 
-#include "common.h"
-
-#define STRIPE 36 /* queries of one head at a time */
-
-typedef struct {
-    const float *query, *key, *value;         /* (Hq, T, D), (Hkv, T, D) twice; the steps between neighbours are below */
-    const float *grad, *out;                  /* backward: (T, Hq, D) twice */
-    const float *log_sum;                     /* backward: (Hq, T) */
-    const size *start, *length;               /* of each sequence */
-    const size *common;                       /* first tokens of the pass that it sees */
-    const size *prompt, *prompt_length;       /* and of its prompt; the length may be 0 */
-    const size *first;                        /* backward: the first sequence of each part, and their number: parts + 1 */
-    float *made, *sums;                       /* forward: (T, Hq, D), (Hq, T) */
-    float *of_query, *of_key, *of_value;      /* backward: (T, Hq, D), (T, Hkv, D) twice; the step between tokens is below */
-    float *before;                            /* backward: (parts, Hkv, 2, longest, D), for what several parts share */
-    float *room;                              /* (threads, space) */
-    size sequences, parts, longest, heads, kv_heads, tokens, width, space;
-    size query_head, query_token, key_head, key_token, value_head, value_token, of_query_token, of_key_token;
-    float scaling;
-    int threads;
-} Pass;
+#include "passes.h"
 
 INLINE size in_blocks(size count) { return (count + BLOCK - 1) / BLOCK * BLOCK; }
 
