@@ -975,8 +975,8 @@ MUTANTS = [
     Mutant(
         "gradients_of_a_row_that_has_none_are_added",
         "score/operations.py",
-        "_add_product(place.whole, grad, x, not place.adds)",
-        "_add_product(place.whole, grad, x, False)",
+        "_add_product(row.whole, grad, x, not row.adds)",
+        "_add_product(row.whole, grad, x, False)",
         "test_layers.py",
     ),
     Mutant(
@@ -1108,8 +1108,8 @@ MUTANTS = [
     Mutant(
         "gradients_of_a_layer_in_one_call_are_nobodys",
         "score/layers.py",
-        """            for place in places:
-                place.written()
+        """            for row in rows:
+                row.written()
 """,
         "",
         "test_layers.py",

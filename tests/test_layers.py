@@ -55,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int] | None]:
     """How often a layer was computed in one call, wherever this is and however few its tokens; None: in parts."""
     in_one_call = request.param == "in one call"
-    if in_one_call and passes.sgemm() is None:
+    if in_one_call and passes.sgemm_address() is None:
         pytest.skip("torch multiplies by another library")
     monkeypatch.setattr(passes, "is_intel", lambda: in_one_call)
     monkeypatch.setattr(layers, "FEW", 0)
@@ -207,21 +207,27 @@ def test_a_pass_that_keeps_what_its_attention_is_shown_is_shown_it(whole: dict[s
     assert len(layers_of) == 2
 
 
-@pytest.mark.skipif(not passes.multiplies(), reason="torch multiplies by another library")
-def test_a_layer_in_one_call_has_the_bits_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not passes.take_layers(), reason="torch multiplies by another library")
+@pytest.mark.parametrize(("inner", "threads"), [(48, 1), (49, 3), (200, 2)], ids=str)
+def test_a_layer_in_one_call_has_the_bits_of_its_parts(monkeypatch: pytest.MonkeyPatch, inner: int, threads: int
+                                                       ) -> None:
     """Of three groups, whose gradients are added; and without gradient, in memory that is taken again."""
     packed = pack([tuple(IDS[0]), tuple(IDS[1])] * 2, [tuple(IDS[2]), tuple(IDS[3][:9]), tuple(IDS[3]), (5, 6)])
     weight = torch.randn(len(packed.predict), 32, generator=torch.Generator().manual_seed(1))
-    found = []
+    found, before = [], torch.get_num_threads()
     for whole_layer in (True, False):
-        monkeypatch.setattr(passes, "is_intel", lambda whole_layer=whole_layer: whole_layer)
-        model = made()
+        monkeypatch.setattr(layers._Form, "in_one_call", layers._Form.in_one_call if whole_layer else lambda *_: None)
+        model = made(intermediate_size=inner)
         backbone = Backbone(model)
-        with backbone.accumulating():
-            for _ in range(3):
-                (backbone.hidden(packed) * weight).sum().backward()
-        with backbone.frozen(), keeping():
-            found.append({"frozen": backbone.hidden(packed), **gradients(model)})
+        torch.set_num_threads(threads)
+        try:
+            with backbone.accumulating():
+                for _ in range(3):
+                    (backbone.hidden(packed) * weight).sum().backward()
+            with backbone.frozen(), keeping():
+                found.append({"frozen": backbone.hidden(packed), **gradients(model)})
+        finally:
+            torch.set_num_threads(before)
     assert found[0].keys() == found[1].keys() and len(found[0]) > 20
     for name, value in found[0].items():
         assert value.equal(found[1][name]), name
@@ -245,6 +251,20 @@ def test_a_layer_into_which_somebody_looks_runs_module_by_module(calls: list[int
     next(looking)
     torch.testing.assert_close(backbone.hidden(packed), with_hook, atol=1e-5, rtol=1e-5)
     assert seen == ["called"] and len(calls) == 3
+
+
+def test_what_a_layer_gives_out_may_be_changed_in_place(whole: dict[str, int] | None) -> None:
+    """As by a hook that steers it."""
+    model, packed = made(), ragged()
+    weight = torch.randn(len(packed.predict), 32, generator=torch.Generator().manual_seed(1))
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, given, output: output.mul_(2))
+    hidden, wanted = exact(model, packed, weight)
+    found = Backbone(model).hidden(packed)
+    (found * weight).sum().backward()
+    torch.testing.assert_close(found.detach().double(), hidden, atol=2e-5, rtol=2e-5)
+    agree(gradients(model), wanted)
+    assert whole in (None, {"forward": 2, "backward": 0})
 
 
 class Doubled(nn.Linear):

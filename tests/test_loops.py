@@ -531,15 +531,17 @@ def test_tensors_without_memory_of_their_own_are_refused() -> None:
         assert not loops.usable(torch.ones(1))
 
 
-@pytest.mark.parametrize("name", ["norm", "gate_backward", "product", "attend", "attend_pass_backward"])
-def test_a_loop_that_counts_wrong_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = getattr(loops, name)
+@pytest.mark.parametrize(("module", "name"), [
+    (loops, "norm"), (loops, "gate_backward"), (loops, "product"), (loops, "attend"), (passes, "attend_pass_backward"),
+    *([(passes, "backward")] if passes.take_layers() else [])], ids=str)
+def test_a_loop_that_counts_wrong_is_found_out(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = getattr(module, name)
 
     def wrong(*given: Any, **more: Any) -> Any:
         found = real(*given, **more)
         return found * 1.001 if isinstance(found, Tensor) else (*found[:-1], found[-1] * 1.001)
 
-    monkeypatch.setattr(loops, name, wrong)
+    monkeypatch.setattr(module, name, wrong)
     with pytest.raises(RuntimeError, match=r"is \S+ from what it should be"):
         probe.check()
     monkeypatch.setattr(loops, "_found", None)

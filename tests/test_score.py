@@ -388,6 +388,15 @@ def test_a_pass_without_gradient_takes_the_next_micro_batches_along_until_it_is_
     assert runs == [("teacher", count) for count in ([5, 1] if layout == "shared" else [2, 2, 1, 1])]
 
 
+def test_the_students_own_scores_are_not_those_of_an_equal_view_without_dropout() -> None:
+    model, batch = families.llama(attention_dropout=0.5).train(), make()
+    of = scorer(model, {"again": View("live", "plain")}, {}, layout="plain")
+    found = of.sampled(frozenset({"again", "student"}), batch)
+    assert (found["again"] - found["student"]).abs().max() > 0.01
+    model.eval()
+    torch.testing.assert_close(of.sampled(frozenset({"student"}), batch)["student"], found["again"])
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_log_probs_and_entropy_are_at_the_sampling_temperature(temperature: float) -> None:
     model, batch = families.gemma3(), make()

@@ -77,10 +77,12 @@ def empty(*shape: int) -> Tensor:
     return torch.from_numpy(np.empty(shape, np.float32))
 
 
-def empty_lines(numbers: int) -> Tensor:
+def empty_lines(*shape: int) -> Tensor:
     """The same, from the border of a line of the cache on, where products read and write faster."""
-    whole = empty(numbers + LINE)
-    return whole[-whole.data_ptr() // _BYTES % LINE :][:numbers]
+    numbers = math.prod(shape)
+    whole = np.empty(numbers + LINE, np.float32)
+    start = -whole.ctypes.data // _BYTES % LINE
+    return torch.from_numpy(whole[start : start + numbers].reshape(shape))  # no view of another tensor
 
 
 def empty_like(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from selftaught.before import check_before
 from selftaught.errors import UserError
 from selftaught.eval import rows_of
 from selftaught.finish import finish
+from selftaught.heap import keeping
 from selftaught.leakage import Watch
 from selftaught.loss import chunked_loss
 from selftaught.measure import over_updates, refuse_gap, rollout_metrics, token_metrics
@@ -171,7 +172,7 @@ def update(session: Session, batch: Batch, logp: Mapping[str, Tensor]) -> dict[s
         method, batch.tokens, logp, reduction=run.loss.reduction, length=run.loss.length,
         sampler_cap=run.loss.sampler_cap)
     loss, found = 0.0, []
-    with parts.backbone.accumulating(parts.optimizer.gathered) as head_grad:
+    with parts.backbone.accumulating(parts.optimizer.gathered) as head_grad, keeping():
         for micro in scorer.split(batch):
             rows = micro.tokens
             reduced = chunked_loss(

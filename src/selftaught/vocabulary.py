@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROWS = 32  # a chunk is a multiple of it: matrix kernels read whole blocks
 NO_MASS = -1e4  # a log-prob whose exponential is 0, in float64 too
-FEWEST = 128  # rows of a chunk, however large the vocabulary: its weight is read four times for each
+FEWEST = 64  # rows of a chunk, however large the vocabulary: its weight is read four times for each
 CHUNK_ELEMENTS = 2**21  # logits of one chunk, about: 8 MiB in float32
 BLOCK_ELEMENTS = 2**18  # of a chunk's logits that a CPU works on at a time where it can: 1 MiB in float32
 CUDA_ROWS = 128  # of a chunk on a GPU
@@ -47,10 +47,14 @@ def as_head(head: Head | Tensor | tuple[Tensor, Tensor]) -> Head:
 
 
 def chunk_size(vocabulary: int, device: str = "cpu") -> int:
-    """Tokens per chunk: a pure function of V and the kind of device (never of free memory): runs repeat bit for bit."""
+    """Tokens per chunk: of V, the kind of device and whether a CPU has loops, never of free memory: runs repeat.
+
+    The loops take a chunk's memory again for the next one's, and gradients of a head are faster products of more rows;
+    by torch's operators each chunk that is mapped by itself costs its pages.
+    """
     if device == "cuda":
         return max(1, min(32, CUDA_ELEMENTS // (vocabulary * CUDA_ROWS))) * CUDA_ROWS
-    return max(FEWEST, min(32, -(-CHUNK_ELEMENTS // (vocabulary * ROWS))) * ROWS)
+    return max(loops.MANY if loops.usable() else FEWEST, min(32, -(-CHUNK_ELEMENTS // (vocabulary * ROWS))) * ROWS)
 
 
 def affine(hidden_nH: Tensor, weight_VH: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selftaught.heap import again, empty, empty_lines
+from selftaught.heap import LINE, again, empty, empty_lines
 from selftaught.kernels.loops import BLOCK, STRIPE, library
 from selftaught.processor import is_intel
 
@@ -179,8 +179,8 @@ class Shape(NamedTuple):
 class Kept(NamedTuple):
     """For the way back.
 
-    Both norms' roots (n,), heads after rotation (n, A), what they have seen (n, Hq, D) and log-sums (Hq, n), the sum
-    before the second norm (n, H), and both factors of the gated layer (n, 2 I).
+    Both norms' roots (n numbers), heads after rotation (n, A), what they have seen (n, Hq, D) and log-sums (Hq, n), the
+    sum before the second norm (n, H), and both factors of the gated layer (n, 2 I).
     """
 
     root: Tensor
@@ -205,17 +205,17 @@ class _Layer(ctypes.Structure):
     ]  # fmt: skip
 
 
-def multiplies() -> bool:
-    """Are products fastest by the library that is called from here?"""
-    return is_intel() and sgemm() is not None
+def take_layers() -> bool:
+    """Are `forward` and `backward` the fastest here?"""
+    return is_intel() and sgemm_address() is not None
 
 
 @cache
-def sgemm() -> int | None:
+def sgemm_address() -> int | None:
     """Where Intel's product lies in torch's own library, if it is in there."""
     try:
-        library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
-        return ctypes.cast(library.SGEMM, ctypes.c_void_p).value
+        own = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        return ctypes.cast(own.SGEMM, ctypes.c_void_p).value
     except (AttributeError, OSError):
         return None
 
@@ -229,13 +229,14 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor, weights: Weights, layout: Layou
     sizes = [n * joined, n * wide, n * height, n * queries, n, n]
     own = n * max(height, inner), threads * space
     if keeps:
-        rest, both, room = map(empty_lines, (sum(sizes), 2 * n * inner, sum(own)))
+        rest, both, room = empty_lines(sum(sizes)), empty_lines(n, 2 * inner), empty_lines(sum(own))
     else:
-        rest, both, room = again(sum(sizes) + sum(own) + 2 * n * inner).split([sum(sizes), 2 * n * inner, sum(own)])
-    at, seen, middle, sums, root, second = rest.split(sizes)
+        parts = [-(-size // LINE) * LINE for size in (sum(sizes), 2 * n * inner, sum(own))]
+        rest, both, room = again(sum(parts)).split(parts)
+    at, seen, middle, sums, root, second = rest[: sum(sizes)].split(sizes)
     kept = Kept(root, at.view(n, joined), seen.view(n, queries, width), sums.view(queries, n), middle.view(n, height),
-                second, both.view(n, 2 * inner))
-    result = empty_lines(n * height).view(n, height)
+                second, both[: 2 * n * inner].view(n, 2 * inner) if both.dim() == 1 else both)
+    result = empty_lines(n, height)
     given = _layer(x, cos, sin, weights, kept, layout, shape)
     given.result, given.room = _at(result, room)
     attention = given.attention
@@ -259,7 +260,7 @@ def backward(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weights: Weights
     starts = [0, n * joined, *accumulate((
         n * max(2 * inner, joined + wide), n * max(height, inner) + n * height + torch.get_num_threads() * height,
         before, threads * space))]
-    room, of_x = empty_lines(starts[-1]), empty_lines(n * height).view(n, height)
+    room, of_x = empty_lines(starts[-1]), empty_lines(n, height)
     of_norm, of_between = x.new_empty(height), x.new_empty(height)
     given = _layer(x, cos, sin, weights, kept, layout, shape)
     given.grad, given.of_x, given.of_norm, given.of_between, given.room = _at(grad, of_x, of_norm, of_between, room)
@@ -287,7 +288,7 @@ def _layer(x: Tensor, cos: Tensor, sin: Tensor, weights: Weights, kept: Kept, la
     attention.start, attention.length, attention.common, attention.prompt, attention.prompt_length = layout.places
     attention.query_head = attention.key_head = attention.value_head = width
     attention.query_token = attention.key_token = attention.value_token = joined
+    given = cos, sin, *weights, x, kept.root, kept.again, kept.at, kept.middle, kept.both
     return _Layer(
-        attention, sgemm(), *_at(cos, sin, *weights, x, kept.root, kept.again, kept.at, kept.middle, kept.both), n=n,
-        H=height, I=weights.down.shape[1], Q=weights.out.shape[1], A=joined, D=width,
+        attention, sgemm_address(), *_at(*given), n=n, H=height, I=weights.down.shape[1], Q=weights.out.shape[1], A=joined, D=width,
         eps=(ctypes.c_float * 2)(*shape.eps), threads=torch.get_num_threads())

@@ -180,7 +180,7 @@ def _passes(draw: torch.Generator) -> Iterator[_Pair]:
 
 
 def _whole_layer(draw: torch.Generator) -> Iterator[_Pair]:
-    if passes.sgemm() is None:
+    if not passes.take_layers():
         return
     layout, shape = passes.Layout.of(_SEQUENCES), passes.Shape((1e-6, 1e-6), (6, 2), 16, 0.2)
     (x, grad), (cos, sin) = _drawn(draw, 2, 51, 40), _drawn(draw, 2, 51, 16)

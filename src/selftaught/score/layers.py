@@ -4,8 +4,8 @@ Module by module (`fused`) a layer is fourteen functions, and some of its seven 
 input are one product where their weights lie in a row: queries, keys and values, and both factors of the
 gated layer; so are their gradients. Residual sums are done by the products, gradients are written to where the next
 product reads them, and rotations take no memory. Where the loops can call the fastest product themselves, and weights
-and gradients lie so, either way is one call (`kernels.passes`), to the same bits. A layer is replaced only if it gives the numbers of its own forward on
-a probe, which also shows how it calls its attention.
+and gradients lie so, either way is one call (`kernels.passes`), whose numbers are held against float64 once. A layer is
+replaced only if its parts give the numbers of its own forward on a probe, which also shows how it calls its attention.
 
 Shapes: n tokens of a pass, H hidden, I inner width, D of one head, A = (Hq + 2 Hkv) D.
 """
@@ -28,11 +28,11 @@ from selftaught.score.fused import Fused, close, is_silu
 from selftaught.score.operations import (
     Adds,
     fused,
+    gradient_row,
     into_of,
     joint_backward,
     joint_linear,
     of_weights,
-    place_of,
     run,
 )  # fmt: skip
 from selftaught.score.turned import PARTS, Shown, is_looked_at
@@ -68,15 +68,15 @@ class _Whole(torch.autograd.Function):
         kept, weights = passes.Kept(*rest[: -len(_WEIGHTS)]), rest[-len(_WEIGHTS) :]
         form, grad, needs = ctx.form, grad.contiguous(), ctx.needs_input_grad[-len(weights) :]
         joined = form.in_one_call(x, ctx.segments, weights)
-        places = [place for of in _MATRICES if (place := place_of(ctx.into[of], needs[of])) is not None]
+        rows = [row for of in _MATRICES if (row := gradient_row(ctx.into[of], needs[of])) is not None]
         of_matrices: list[Tensor | None] = [None] * (len(weights) - 2)
-        if joined is None or len(places) < len(_MATRICES):
+        if joined is None or len(rows) < len(_MATRICES):
             of_x, of_norms, of_matrices = _backward(grad, x, cos, sin, kept, weights, ctx, needs)
         else:
             of_x, *of_norms = passes.backward(grad, x, cos, sin, joined, kept, ctx.segments.sequences, form.shape,
-                                              [(place.whole, place.adds) for place in places])
-            for place in places:
-                place.written()
+                                              [(row.whole, row.adds) for row in rows])
+            for row in rows:
+                row.written()
         of_trained = (g if need else None for g, need in zip(of_norms, needs, strict=False))
         return of_x, *(None,) * 5, *of_trained, *of_matrices
 
@@ -94,7 +94,7 @@ def _forward(x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, form: _For
     if trains:
         seen, sums = passes.attend_pass(q, k, v, segments.sequences, scaling)
     else:
-        seen, sums = segments.attend(number, q, k, v, scaling, window), root
+        seen, sums = segments.attend(number, q, k, v, scaling, window), root[:0]  # of which nothing is kept
     middle = fast_linear(seen.flatten(1), out)
     normed, again = by_loops.normed(middle, between, form.shape.eps[1], added=x)
     both = joint_linear(normed, (gate, up))
@@ -170,7 +170,7 @@ class _Form:
 
         Not where the attention itself is asked, which may keep what it is shown.
         """
-        if not (passes.multiplies() and x.shape[0] > FEW and type(segments).attend is Segments.attend):
+        if not (passes.take_layers() and x.shape[0] > FEW and type(segments).attend is Segments.attend):
             return None
         joined = [together(*weights[of]) for of in _MATRICES]
         heads, out, inner, down = joined

@@ -243,16 +243,16 @@ def of_weights(grad: Tensor, x: Tensor, weights: Sequence[Tensor], into: Sequenc
 
     `into` is as `into_of` says. Where all of them are added and lie in a row, by one product.
     """
-    if (place := place_of(into, needs)) is not None:
-        _add_product(place.whole, grad, x, not place.adds)
-        place.written()
+    if (row := gradient_row(into, needs)) is not None:
+        _add_product(row.whole, grad, x, not row.adds)
+        row.written()
         return [None] * len(weights)
     return [_of_weight(g, x, each) if need else None
             for g, each, need in zip(_parts(grad, weights), into, needs, strict=True)]
 
 
 @dataclass(frozen=True)
-class Place:
+class GradientRow:
     """Where the gradients of some weights of one input are added together: they lie in a row."""
 
     whole: Tensor
@@ -266,15 +266,15 @@ class Place:
             torch.autograd.graph.increment_version(part)
 
 
-def place_of(into: Sequence[_Into], needs: Sequence[bool]) -> Place | None:
-    """The place of all of them; None where one needs no gradient, or somebody is to be told of it."""
+def gradient_row(into: Sequence[_Into], needs: Sequence[bool]) -> GradientRow | None:
+    """That of all of them; None where one needs no gradient, or somebody is to be told of it."""
     parameters: list[Any] = [_addable(each) for each in into]
     if not all(needs) or any(parameter is None for parameter in parameters):
         return None
     fresh = all(parameter.grad is None for parameter in parameters)
     rooms: list[Any] = [each[1] if fresh else each[0].grad for each in into if each is not None]
     whole = None if any(room is None for room in rooms) else together(*rooms)
-    return None if whole is None else Place(whole, not fresh, [*zip(parameters, rooms, strict=True)])
+    return None if whole is None else GradientRow(whole, not fresh, [*zip(parameters, rooms, strict=True)])
 
 
 def _parts(grad: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:

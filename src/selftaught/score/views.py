@@ -40,6 +40,8 @@ class _Known:
 class Scorer:
     """Scores one batch under the student and a method's views, in micro-batches of at most `token_budget` tokens.
 
+    Passes without gradient, of which nothing is kept from layer to layer, may be of PASS_TOKENS whatever the budget.
+
     `weights(view name)` gives the parameters of a view, or None where it uses the student's own. Views with `external`
     weights are scored by the backbone `external`, with its own width and head, and never asked for weights.
     """
@@ -62,9 +64,9 @@ class Scorer:
         """(n, H) for "student", with gradient if enabled, and for each view, without; equal views are run once.
 
         Each is run when it is asked for: a view that only a method's credit reads, by `sampled`, costs nothing more. A
-        pass without gradient takes the micro-batches that follow along, up to PASS_TOKENS, and one that `sampled` has
-        run for this very batch is not run again, as far as its states fit into KEPT_BYTES: before an update that has
-        gone through its micro-batches is followed by another, `forget` must be called.
+        pass without gradient takes tokens of the micro-batches that follow along, and one that `sampled` has run for
+        this very batch is not run again, as far as its states fit into KEPT_BYTES. Whoever changes weights between two
+        calls for the same batch calls `forget`.
         """
         found: dict[str | View, Callable[[], Tensor]] = {}
         for name, view in self.views.items():
@@ -84,11 +86,11 @@ class Scorer:
         """Log-probs (N,) of the sampled tokens under each named view; "student.entropy" is the student's entropy."""
         out: dict[str, list[Tensor]] = {name: [] for name in sorted(names)}
         self._known, room = _Known(batch), KEPT_BYTES
-        with torch.no_grad():
+        with torch.no_grad(), keeping():
             for name in sorted({name.removesuffix(".entropy") for name in names}):
                 for micro in self._passes(batch, name):
                     key = self.views[name], micro.rollouts[0]
-                    hidden = self._known.states.get(key)
+                    hidden = None if name == "student" else self._known.states.get(key)
                     if hidden is None:
                         hidden = self._run(batch, micro, name)
                         if name != "student" and (size := hidden.numel() * hidden.element_size()) <= room:

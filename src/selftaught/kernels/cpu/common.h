@@ -2,7 +2,7 @@
 
    Everything is float32. n rows, H hidden width, B rows of a decoding step, D of one head, T tokens of a pass. A loop's
    work is cut in as many fixed parts as there are threads: numbers depend on their count, never on which came first.
-   Sizes and pointers are checked by loops.py, their only caller. */
+   Sizes and pointers are checked by their callers in Python. */
 
 #include <math.h>
 #include <stdint.h>

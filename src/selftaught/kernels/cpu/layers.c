@@ -1,6 +1,6 @@
 /* A decoder layer's small operations, each one pass over memory where an operator at a time takes several. */
 
-#include "common.h"
+#include "passes.h"
 
 #define CHUNK 96 /* rows of a product's result at a time */
 

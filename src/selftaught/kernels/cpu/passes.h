@@ -22,6 +22,7 @@ typedef struct {
     int threads;
 } Pass;
 
+#pragma GCC visibility push(protected) /* `norm` is one of these here, whatever else the process has of that name */
 void attend_pass(const Pass *p);
 void attend_pass_backward(const Pass *p);
 void norm(const float *x, const float *w, const float *root, float *y, size n, size H, int threads);
@@ -33,3 +34,4 @@ void gate_backward(const float *g, const float *u, float *grad, float *of_g, flo
                    int threads);
 void rotate(const float *x, const float *cos, const float *sin, float *out, size heads, size n, size D, size per_head,
             size per_token, int back, int threads);
+#pragma GCC visibility pop
