@@ -290,5 +290,5 @@ def _layer(x: Tensor, cos: Tensor, sin: Tensor, weights: Weights, kept: Kept, la
     attention.query_token = attention.key_token = attention.value_token = joined
     given = cos, sin, *weights, x, kept.root, kept.again, kept.at, kept.middle, kept.both
     return _Layer(
-        attention, sgemm_address(), *_at(*given), n=n, H=height, I=weights.down.shape[1], Q=weights.out.shape[1], A=joined, D=width,
-        eps=(ctypes.c_float * 2)(*shape.eps), threads=torch.get_num_threads())
+        attention, sgemm_address(), *_at(*given), n=n, H=height, I=weights.down.shape[1], Q=weights.out.shape[1],
+        A=joined, D=width, eps=(ctypes.c_float * 2)(*shape.eps), threads=torch.get_num_threads())
