@@ -6,8 +6,8 @@ for a layer's activations that takes a quarter of the time of the product that f
 is used again, and stays with the process among smaller blocks. glibc moves the border between the two by itself as
 larger blocks are freed, up to 32 MiB. Here it is fixed above a layer's tensors and below the vocabulary's, and the end
 of the heap is kept. Steps of a 135M model: from 4 MiB 10.5 to 11.3 s in 2.92 GB, from 16 MiB 10.1 to 10.3 s in 2.93 GB:
-by then the logits of a chunk of its head are used again, too. Who wants it otherwise sets MALLOC_MMAP_THRESHOLD_, in
-bytes.
+by then 64 rows of its vocabulary are used again, too; larger chunks come from `again`. Who wants it otherwise sets
+MALLOC_MMAP_THRESHOLD_, in bytes.
 
 torch asks for memory at multiples of 64 bytes, for which glibc looks for a hole that is 96 bytes larger: one that a
 layer's passing tensor has left is too small for every tensor of that shape, and stays empty among what is kept for the

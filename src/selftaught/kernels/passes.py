@@ -233,9 +233,10 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor, weights: Weights, layout: Layou
     else:
         parts = [-(-size // LINE) * LINE for size in (sum(sizes), 2 * n * inner, sum(own))]
         rest, both, room = again(sum(parts)).split(parts)
+        both = both[: 2 * n * inner].view(n, 2 * inner)
     at, seen, middle, sums, root, second = rest[: sum(sizes)].split(sizes)
     kept = Kept(root, at.view(n, joined), seen.view(n, queries, width), sums.view(queries, n), middle.view(n, height),
-                second, both[: 2 * n * inner].view(n, 2 * inner) if both.dim() == 1 else both)
+                second, both)
     result = empty_lines(n, height)
     given = _layer(x, cos, sin, weights, kept, layout, shape)
     given.result, given.room = _at(result, room)
