@@ -337,7 +337,6 @@ def test_equal_views_are_run_once_and_different_ones_apart(monkeypatch: pytest.M
 def test_what_credit_has_scored_is_not_run_again_for_the_loss_of_that_batch(
         monkeypatch: pytest.MonkeyPatch, room: int, again: list[str]) -> None:
     model, batch = families.llama(), make()
-    monkeypatch.setattr(views, "PASS_TOKENS", 60)
     of, runs = scorer(model, {"teacher": View("live", "privileged")}, {}, budget=60), list[tuple[str, int]]()
     micros = list(of.split(batch))
     fresh = [dict(of.hidden(batch, micro)) for micro in micros]
@@ -367,6 +366,7 @@ def test_a_pass_without_gradient_takes_the_next_micro_batches_along_until_it_is_
     of = scorer(model, given, {}, budget=60, layout=layout)
     whole_pass = Backbone(model, layout).hidden(pack(batch.contexts["privileged"], batch.responses)).detach()
     micros, right = list(of.split(batch)), Scorer._run
+    of.token_budget = 10_000
     monkeypatch.setattr(Scorer, "_run", lambda self, *a: runs.append((a[2], len(a[1].rollouts))) or right(self, *a))
     for micro in micros:
         torch.testing.assert_close(of.hidden(batch, micro)["teacher"], whole_pass[micro.tokens], atol=0, rtol=0)
@@ -378,7 +378,7 @@ def test_a_pass_without_gradient_takes_the_next_micro_batches_along_until_it_is_
     torch.testing.assert_close(of.hidden(batch, micros[1])["teacher"], whole_pass[micros[1].tokens], atol=0, rtol=0)
     of.forget()
     torch.testing.assert_close(of.hidden(batch, micros[1])["teacher"], 2 * whole_pass[micros[1].tokens])
-    monkeypatch.setattr(views, "PASS_TOKENS", 90)
+    of.token_budget = 90
     of.forget()
     runs.clear()
     ends = offsets(map(len, batch.responses))

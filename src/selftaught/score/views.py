@@ -16,7 +16,6 @@ from selftaught.tensors import Lazy, offsets, pack, split_by_budget, split_padde
 from selftaught.vocabulary import Head, sampled_log_probs
 
 STUDENT = View("live", "plain")
-PASS_TOKENS = 1280  # of a pass without gradient at least: with fewer, weights are read and operators called for little
 KEPT_BYTES = 2**28  # of hidden states that credit's scores leave for the loss of the same batch
 
 
@@ -40,7 +39,7 @@ class _Known:
 class Scorer:
     """Scores one batch under the student and a method's views, in micro-batches of at most `token_budget` tokens.
 
-    Passes without gradient, of which nothing is kept from layer to layer, may be of PASS_TOKENS whatever the budget.
+    A pass without gradient is cut by its own view alone, to the same budget: larger ones were no faster on a CPU.
 
     `weights(view name)` gives the parameters of a view, or None where it uses the student's own. Views with `external`
     weights are scored by the backbone `external`, with its own width and head, and never asked for weights.
@@ -64,9 +63,9 @@ class Scorer:
         """(n, H) for "student", with gradient if enabled, and for each view, without; equal views are run once.
 
         Each is run when it is asked for: a view that only a method's credit reads, by `sampled`, costs nothing more. A
-        pass without gradient takes tokens of the micro-batches that follow along, and one that `sampled` has run for
-        this very batch is not run again, as far as its states fit into KEPT_BYTES. Whoever changes weights between two
-        calls for the same batch calls `forget`.
+        pass without gradient takes tokens of the micro-batches that follow along, where its view's prompts are shorter
+        than another's, and one that `sampled` has run for this very batch is not run again, as far as its states fit
+        into KEPT_BYTES. Whoever changes weights between two calls for the same batch calls `forget`.
         """
         found: dict[str | View, Callable[[], Tensor]] = {}
         for name, view in self.views.items():
@@ -123,8 +122,8 @@ class Scorer:
         if self._known.batch is not batch:
             self._known = _Known(batch)
         if view not in self._known.passes:
-            self._known.passes[view] = list(_cut(batch, [view], max(self.token_budget, PASS_TOKENS),
-                                                 padded=self._of(name)[0].layout == "plain"))
+            self._known.passes[view] = list(_cut(
+                batch, [view], self.token_budget, padded=self._of(name)[0].layout == "plain"))
         return self._known.passes[view]
 
     def _run(self, batch: Batch, micro: Micro, name: str) -> Tensor:
