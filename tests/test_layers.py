@@ -197,7 +197,9 @@ def test_other_weights_are_used_where_they_stand_in(calls: list[int], whole: dic
 def test_a_pass_that_keeps_what_its_attention_is_shown_is_shown_it(whole: dict[str, int] | None) -> None:
     """As that of the prompts, from which decoding goes on."""
     model, prompts = made(), [tuple(IDS[0]), tuple(IDS[1][:9])]
-    _, layers_of = Backbone(model).prefill(prompts)
+    backbone = Backbone(model)
+    with backbone.frozen():
+        _, layers_of = backbone.prefill(prompts)
     double = copy.deepcopy(model).double()
     for row, prompt in enumerate(prompts):
         cache = double.model(input_ids=torch.tensor([prompt]), use_cache=True).past_key_values
