@@ -1115,27 +1115,6 @@ MUTANTS = [
         "test_layers.py",
     ),
     Mutant(
-        "teachers_states_of_the_weights_before",
-        "train.py",
-        "    scorer.forget()\n",
-        "",
-        "test_train.py",
-    ),
-    Mutant(
-        "states_of_the_next_micro_batches_are_made_again",
-        "score/views.py",
-        "if micro.rollouts[-1] < one.rollouts[-1]:",
-        "if False:",
-        "test_score.py",
-    ),
-    Mutant(
-        "states_of_another_micro_batch",
-        "score/views.py",
-        "states[max(micro.tokens.start - first, 0) : micro.tokens.stop - first]",
-        "states[: micro.tokens.stop - micro.tokens.start]",
-        "test_score.py",
-    ),
-    Mutant(
         "memory_of_a_tensor_that_is_held_is_taken_again",
         "heap.py",
         "if count == _idle and",

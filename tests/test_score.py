@@ -24,7 +24,7 @@ from selftaught.score.attention import Segments
 from selftaught.score.fused import Fused
 from selftaught.score.hub import load_model
 from selftaught.score.operations import Forgets, Gate, Gated, Linear, Norm, Rotated, inverse_root
-from selftaught.tensors import MIN_COMMON, fast_linear, offsets, pack, upcast
+from selftaught.tensors import MIN_COMMON, fast_linear, pack, upcast
 from selftaught.vocabulary import sampled_log_probs
 
 Ids = tuple[int, ...]
@@ -356,36 +356,6 @@ def test_what_credit_has_scored_is_not_run_again_for_the_loss_of_that_batch(
     of.sampled(frozenset({"teacher"}), batch)
     dict(of.hidden(make(), micros[0]))  # of another batch nothing is known
     assert ("teacher", 0) in runs[len(micros):]
-
-
-@pytest.mark.parametrize("layout", ["shared", "plain"])
-def test_a_pass_without_gradient_takes_the_next_micro_batches_along_until_it_is_told_to_forget(
-        monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
-    model, batch = families.llama(), make()
-    given, runs = {"teacher": View("live", "privileged")}, list[tuple[str, int]]()
-    of = scorer(model, given, {}, budget=60, layout=layout)
-    whole_pass = Backbone(model, layout).hidden(pack(batch.contexts["privileged"], batch.responses)).detach()
-    micros, right = list(of.split(batch)), Scorer._run
-    of.token_budget = 10_000
-    monkeypatch.setattr(Scorer, "_run", lambda self, *a: runs.append((a[2], len(a[1].rollouts))) or right(self, *a))
-    for micro in micros:
-        torch.testing.assert_close(of.hidden(batch, micro)["teacher"], whole_pass[micro.tokens], atol=0, rtol=0)
-    assert len(micros) > 2 and runs == [("teacher", len(batch.responses))]
-    assert not of._known.states  # given up with the last micro-batch
-    of.hidden(batch, micros[0])["teacher"]
-    with torch.no_grad():
-        model.model.norm.weight.mul_(2)
-    torch.testing.assert_close(of.hidden(batch, micros[1])["teacher"], whole_pass[micros[1].tokens], atol=0, rtol=0)
-    of.forget()
-    torch.testing.assert_close(of.hidden(batch, micros[1])["teacher"], 2 * whole_pass[micros[1].tokens])
-    of.token_budget = 90
-    of.forget()
-    runs.clear()
-    ends = offsets(map(len, batch.responses))
-    for first, last in [(0, 0), (1, 3), (4, 5)]:  # other cuts than those of the passes
-        some = views.Micro(list(range(first, last + 1)), slice(ends[first], ends[last + 1]))
-        torch.testing.assert_close(of.hidden(batch, some)["teacher"], 2 * whole_pass[some.tokens], **CLOSE)
-    assert runs == [("teacher", count) for count in ([5, 1] if layout == "shared" else [2, 2, 1, 1])]
 
 
 def test_the_students_own_scores_are_not_those_of_an_equal_view_without_dropout() -> None:

@@ -24,7 +24,6 @@ from selftaught.errors import UserError
 from selftaught.measure import rollout_metrics
 from selftaught.methods import batch_credit
 from selftaught.optim import Checkpoints
-from selftaught.optim.optimizer import Optimizer
 from selftaught.records import Batch, Problem, Prompt, Rollout, Sampling, Verdict
 from selftaught.rollout import TransformersEngine
 from selftaught.run import load_run
@@ -409,16 +408,6 @@ def test_a_step_that_is_refused_after_its_first_update_is_not_saved_as_the_one_b
     again = selftaught.train(recipe_of(home, out=str(home / "runs" / f"half-{update}"), **sections), resume=True,
                              console=Console(quiet=True))
     assert largest_gap(final(again), final(trained(home, f"unbroken-{update}", **sections))) == 0.0
-
-
-def test_what_the_scorer_knows_of_a_batch_is_forgotten_before_its_weights_change(
-        home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    for owner, name in [(Scorer, "forget"), (Optimizer, "step")]:
-        right = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, name=name, right=right: order.append(name) or right(*a))
-    trained(home, "forgetful", optim={"steps": 2, "updates_per_batch": 2})
-    assert order == ["forget", "step"] * 4
 
 
 def test_truncated_sampling_trains_where_it_is_allowed_and_says_what_is_not_checked(home: Path) -> None:

@@ -187,7 +187,6 @@ def update(session: Session, batch: Batch, logp: Mapping[str, Tensor]) -> dict[s
                                               session.parts.ground.privileged)
     if batch.tokens.logp_old is None:
         refuse_gap(metrics, run.rollout)
-    scorer.forget()
     metrics |= parts.optimizer.step(session.done)                                               # clip, AdamW
     parts.optimizer.zero_grad()                                                                 # frees it for sampling
     return metrics | {"time/update": session.clock("updating", began)}

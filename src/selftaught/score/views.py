@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -27,19 +27,8 @@ class Micro:
     tokens: slice
 
 
-@dataclass(frozen=True)
-class _Known:
-    """What is known of one batch until the next update: the passes of a view, and what was found in those."""
-
-    batch: Batch | None = None
-    passes: dict[View, list[Micro]] = field(default_factory=dict)
-    states: dict[tuple[View, int], Tensor] = field(default_factory=dict)  # by the first rollout of a pass
-
-
 class Scorer:
     """Scores one batch under the student and a method's views, in micro-batches of at most `token_budget` tokens.
-
-    A pass without gradient is cut by its own view alone, to the same budget: larger ones were no faster on a CPU.
 
     `weights(view name)` gives the parameters of a view, or None where it uses the student's own. Views with `external`
     weights are scored by the backbone `external`, with its own width and head, and never asked for weights.
@@ -50,32 +39,32 @@ class Scorer:
         self.backbone, self.views, self.external = backbone, {"student": STUDENT, **views}, external
         self.weights = weights
         self.token_budget, self.temperature = token_budget, temperature
-        self._known = _Known()
+        self._kept: tuple[Batch | None, dict[tuple[str, int], Tensor]] = None, {}
 
     def split(self, batch: Batch) -> Iterator[Micro]:
         """Micro-batches in order; every view of each fits the budget."""
         seen = {(view.context, view.nth): view for view in self.views.values()}
-        layouts = {self._of(name)[0].layout for name in self.views}
-        return _cut(batch, [view for _, view in sorted(seen.items(), key=lambda item: item[0])], self.token_budget,
-                    padded="plain" in layouts)
+        # What a rollout lacks costs nothing; its first privilege in that place keeps the bound.
+        contexts = [[prompt or batch.contexts[view.context][i] for i, prompt in enumerate(_prompts(batch, view))]
+                    for _, view in sorted(seen.items(), key=lambda item: item[0])]
+        ends = offsets(map(len, batch.responses))
+        layouts = {self._of(view)[0].layout for view in self.views}
+        split = split_padded if "plain" in layouts else split_by_budget
+        for rollouts in split(contexts, batch.responses, self.token_budget):
+            yield Micro(rollouts, slice(ends[rollouts[0]], ends[rollouts[-1] + 1]))
 
     def hidden(self, batch: Batch, micro: Micro) -> Lazy:
         """(n, H) for "student", with gradient if enabled, and for each view, without; equal views are run once.
 
         Each is run when it is asked for: a view that only a method's credit reads, by `sampled`, costs nothing more. A
-        pass without gradient takes tokens of the micro-batches that follow along, where its view's prompts are shorter
-        than another's, and one that `sampled` has run for this very batch is not run again, as far as its states fit
-        into KEPT_BYTES. Whoever changes weights between two calls for the same batch calls `forget`.
+        view that `sampled` has run for this very batch is not run again, as far as its states fit into KEPT_BYTES: no
+        update may lie between the two.
         """
         found: dict[str | View, Callable[[], Tensor]] = {}
         for name, view in self.views.items():
-            key, run = (name, self._run) if name == "student" else (view, self._ahead)
-            found.setdefault(key, cache(partial(run, batch, micro, name)))
+            key = name if name == "student" else view
+            found.setdefault(key, cache(partial(self._once, batch, micro, name, view)))
         return Lazy({name: found[name if name == "student" else view] for name, view in self.views.items()})
-
-    def forget(self) -> None:
-        """What is known of the batch: its weights are no longer those of the model."""
-        self._known = _Known()
 
     def heads(self) -> dict[str, Head]:
         """The vocabulary head of every view."""
@@ -84,50 +73,32 @@ class Scorer:
     def sampled(self, names: frozenset[str], batch: Batch) -> dict[str, Tensor]:
         """Log-probs (N,) of the sampled tokens under each named view; "student.entropy" is the student's entropy."""
         out: dict[str, list[Tensor]] = {name: [] for name in sorted(names)}
-        self._known, room = _Known(batch), KEPT_BYTES
+        kept: dict[tuple[str, int], Tensor] = {}
+        room, self._kept = KEPT_BYTES, (batch, kept)
+        wanted = {name.removesuffix(".entropy") for name in names}
         with torch.no_grad(), keeping():
-            for name in sorted({name.removesuffix(".entropy") for name in names}):
-                for micro in self._passes(batch, name):
-                    key = self.views[name], micro.rollouts[0]
-                    hidden = None if name == "student" else self._known.states.get(key)
-                    if hidden is None:
-                        hidden = self._run(batch, micro, name)
-                        if name != "student" and (size := hidden.numel() * hidden.element_size()) <= room:
-                            self._known.states[key], room = hidden, room - size
+            for micro in self.split(batch) if names else ():
+                for name in sorted(wanted):
+                    hidden = self._run(batch, micro, name, self.views[name])
                     logp, entropy = sampled_log_probs(hidden, self._head(name), batch.tokens.tokens[micro.tokens],
                                                       temperature=self.temperature,
                                                       entropy=f"{name}.entropy" in names)
+                    if name != "student" and (size := hidden.numel() * hidden.element_size()) <= room:
+                        kept[name, micro.rollouts[0]], room = hidden, room - size
                     if name in names:
                         out[name].append(logp)
                     if entropy is not None:
                         out[f"{name}.entropy"].append(entropy)
         return {name: torch.cat(parts) for name, parts in out.items()}
 
-    def _ahead(self, batch: Batch, micro: Micro, name: str) -> Tensor:
-        """The states of these tokens, of the passes in which they lie; those of tokens that follow are kept."""
-        view, found = self.views[name], []
-        for one in self._passes(batch, name):
-            if micro.rollouts[0] <= one.rollouts[-1] and one.rollouts[0] <= micro.rollouts[-1]:
-                states = self._known.states.pop((view, one.rollouts[0]), None)
-                states = self._run(batch, one, name) if states is None else states
-                if micro.rollouts[-1] < one.rollouts[-1]:
-                    self._known.states[view, one.rollouts[0]] = states
-                first = one.tokens.start
-                found.append(states[max(micro.tokens.start - first, 0) : micro.tokens.stop - first])
-        return found[0] if len(found) == 1 else torch.cat(found)
+    def _once(self, batch: Batch, micro: Micro, name: str, view: View) -> Tensor:
+        """The states that `sampled` kept, given up here, or those of a run."""
+        scored, kept = self._kept
+        found = kept.pop((name, micro.rollouts[0]), None) if scored is batch else None
+        return self._run(batch, micro, name, view) if found is None else found
 
-    def _passes(self, batch: Batch, name: str) -> list[Micro]:
-        """A batch cut for passes without gradient under a view, of which nothing is kept from layer to layer."""
-        view = self.views[name]
-        if self._known.batch is not batch:
-            self._known = _Known(batch)
-        if view not in self._known.passes:
-            self._known.passes[view] = list(_cut(
-                batch, [view], self.token_budget, padded=self._of(name)[0].layout == "plain"))
-        return self._known.passes[view]
-
-    def _run(self, batch: Batch, micro: Micro, name: str) -> Tensor:
-        prompts = _prompts(batch, self.views[name])
+    def _run(self, batch: Batch, micro: Micro, name: str, view: View) -> Tensor:
+        prompts = _prompts(batch, view)
         there = [i for i in micro.rollouts if prompts[i]]
         if not there:
             return self._zeros(name, micro)
@@ -159,16 +130,6 @@ class Scorer:
             assert self.external is not None, f"view {name!r} is external, and no other model was given"
             return self.external, None
         return self.backbone, None if name == "student" else self.weights(name)
-
-
-def _cut(batch: Batch, views: Sequence[View], budget: int, padded: bool) -> Iterator[Micro]:
-    """Rollouts in order, so many that each of these views fits the budget; a longer one by itself."""
-    # What a rollout lacks costs nothing; its first privilege in that place keeps the bound.
-    contexts = [[prompt or batch.contexts[view.context][i] for i, prompt in enumerate(_prompts(batch, view))]
-                for view in views]
-    ends = offsets(map(len, batch.responses))
-    for rollouts in (split_padded if padded else split_by_budget)(contexts, batch.responses, budget):
-        yield Micro(rollouts, slice(ends[rollouts[0]], ends[rollouts[-1] + 1]))
 
 
 def _prompts(batch: Batch, view: View) -> tuple[tuple[int, ...], ...]:
