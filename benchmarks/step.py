@@ -8,9 +8,10 @@ A step: 4 prompts of 128 tokens x 4 rollouts of exactly 64 new tokens, or of 8 t
 whole loop (sampling, reward, loss, update). `update` is all of it but sampling; `plain` is ours with every rollout in a
 row of its own instead of after its group's prompt, in sampling too. Micro-batches of 1, one group and all rollouts; the
 sides take turns, each run in a process of its own so that its peak memory is its own. The first step of a run is
-warm-up and not counted. The machine must be quiet; on 2 cores it takes a quarter of an hour. Drawn lengths are forced
-upon all samplers, the same ones in each step. The reward of GRPO is a hash of the text: this measures time, not
-learning.
+warm-up and not counted. The machine must be quiet; on 2 cores it takes a quarter of an hour. Where it cannot be quiet,
+`--rounds 5`: medians are of all counted steps of all rounds, every other round is in reverse order, and the ratio of
+each round is printed. Drawn lengths are forced upon all samplers, the same ones in each step. The reward of GRPO is a
+hash of the text: this measures time, not learning.
 SDPO: each rollout is a success, so its teacher, an average of the student's weights, sees a sibling's text; the
 objective is the published one on all sides (js on 100 tokens and a tail).
 """
@@ -160,25 +161,35 @@ def ours(given: Mapping[str, Any]) -> dict[str, Any]:
 # Taking turns.
 
 
-def median(seconds: list[float]) -> float:
-    """Of all steps but the first."""
-    return round(statistics.median(seconds[1:] or seconds), 2)
-
-
 def run(command: list[str], threads: int, lengths: list[float]) -> dict[str, Any]:
-    """One side in its own process: its result with medians, or {"error": ...}. `lengths`: each step's mean."""
+    """One side in its own process: its result, or {"error": ...}. `lengths`: each step's mean."""
     result = child(command, threads)
     if "error" in result:
         return result
     if result["mean_new_tokens"] != lengths:
         return {**result, "error": f"mean lengths are {result['mean_new_tokens']}, not {lengths}"}
+    # All but the sampling of a step is its update; the first step is warm-up.
     rest = [step - sample for step, sample in zip(result["steps_s"], result["sample_s"], strict=True)]
-    return {**result, "median_s": median(result["steps_s"]), "median_sample_s": median(result["sample_s"]),
-            "median_update_s": median(rest)}  # fmt: skip
+    return {**result, "counted": {"": result["steps_s"][1:], "_sample": result["sample_s"][1:], "_update": rest[1:]}}
+
+
+def pooled(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of the counted steps of all `rounds` and the highest peak; {"error": ...} where one of them failed."""
+    if failed := next((result for result in rounds if "error" in result), None):
+        return {"error": failed["error"], "rounds": rounds}
+    medians = {f"median{part}_s": round(statistics.median(s for result in rounds for s in result["counted"][part]), 2)
+               for part in ("", "_sample", "_update")}  # fmt: skip
+    return {**medians, "peak_gb": max(result["peak_gb"] for result in rounds), "rounds": rounds}
+
+
+def ratios(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[float]:
+    """Of each round: how many times as long a median step of `theirs` takes."""
+    a, b = ([statistics.median(result["counted"][""]) for result in side["rounds"]] for side in (theirs, mine))
+    return [round(x / y, 2) for x, y in zip(a, b, strict=True)]
 
 
 def measure(args: argparse.Namespace, sizes: Sizes, work: Path) -> dict[str, dict[str, Any]]:
-    """{side: {micro-batch: result}}, the sides taking turns."""
+    """{side: {micro-batch: pooled result}}, the sides taking turns."""
     write_model(args.model, work / "model")
     write_prompts(work / "model", work / "prompts.jsonl", sizes.prompt_tokens)
     given = ["--model", str(work / "model"), "--prompts", str(work / "prompts.jsonl"), "--steps", str(args.steps),
@@ -187,14 +198,15 @@ def measure(args: argparse.Namespace, sizes: Sizes, work: Path) -> dict[str, dic
                for step in range(args.steps)]  # fmt: skip
     commands = {side: [args.peer_python, str(HERE / "peer_trl.py")] if side == "trl"
                 else [sys.executable, str(HERE / "step.py"), "--one", side] for side in args.sides}  # fmt: skip
-    results: dict[str, dict[str, Any]] = {side: {} for side in commands}
-    for micro_batch in args.micro_batch:
-        for side, command in commands.items():
+    turns = list(itertools.product(args.micro_batch, commands))
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {turn: [] for turn in turns}
+    for number in range(args.rounds):
+        for micro_batch, side in turns[:: -1 if number % 2 else 1]:
             print(f"micro-batch {micro_batch}, {side} ...", flush=True)
-            result = run([*command, *given, "--micro-batch", str(micro_batch)], args.threads, lengths)
-            print(f"  {result.get('error') or result['steps_s']}", flush=True)
-            results[side][str(micro_batch)] = result
-    return results
+            result = run([*commands[side], *given, "--micro-batch", str(micro_batch)], args.threads, lengths)
+            print(f"  {result.get('error') or result['counted']['']}", flush=True)
+            found[micro_batch, side].append(result)
+    return {side: {str(m): pooled(found[m, side]) for m in args.micro_batch} for side in commands}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -219,7 +231,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         if mine and theirs:
             lines.append(f"Best against best: {first} {mine['median_s']} s and {mine['peak_gb']} GB, {side} "
                          f"{theirs['median_s']} s and {theirs['peak_gb']} GB: "
-                         f"{theirs['median_s'] / mine['median_s']:.2f} times as fast.")  # fmt: skip
+                         f"{theirs['median_s'] / mine['median_s']:.2f} times as fast "
+                         f"(of each round: {', '.join(map(str, ratios(theirs, mine)))}).")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -236,6 +249,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs=4, default=Sizes(), metavar=("PROMPTS", "GROUP", "PROMPT", "NEW"),
                         help="prompts and rollouts of each, tokens of a prompt and of a rollout")  # fmt: skip
     parser.add_argument("--steps", type=int, default=4, help="steps of a run, the first one as warm-up")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each side and micro-batch")
     parser.add_argument("--micro-batch", type=int, nargs="+", help="rollouts; by default 1, one group, and all")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", default="step.json")
@@ -247,6 +261,9 @@ def arguments() -> argparse.Namespace:
     args.micro_batch = args.micro_batch or sorted({1, args.sizes.generations, args.sizes.rollouts})
     if "trl" in args.sides and not (args.peer_python and shutil.which(args.peer_python)):
         parser.error(f"--peer-python: {args.peer_python!r} is no program, and the side trl needs one")
+    if args.steps < 2 or args.rounds < 1:
+        parser.error(f"--steps {args.steps} --rounds {args.rounds}: the first step is not counted, so two steps and "
+                     "one round at least")  # fmt: skip
     if odd := [size for size in args.micro_batch if size < 1 or args.sizes.rollouts % size]:
         parser.error(f"--micro-batch: {odd[0]} does not divide a step's {args.sizes.rollouts} rollouts")
     return args

@@ -152,22 +152,51 @@ def test_slopes_are_the_exponents_of_a_power() -> None:
 def test_update_is_what_a_step_does_but_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"steps_s": [9.0, 3.0, 5.0], "sample_s": [5.0, 1.0, 2.0], "mean_new_tokens": [8, 8, 8], "peak_gb": 1.0}
     monkeypatch.setattr(step, "child", lambda command, threads: found)
-    result = step.run([], 1, [8, 8, 8])
+    result = step.pooled([step.run([], 1, [8, 8, 8])])
     assert (result["median_s"], result["median_sample_s"], result["median_update_s"]) == (4.0, 1.5, 2.5)
     assert "error" in step.run([], 1, [8, 8, 7])
 
 
-def test_ratios_are_to_the_first_side() -> None:
-    def side(seconds: float, update: float) -> dict[str, Any]:
-        return {"median_s": seconds, "median_sample_s": 1.0, "median_update_s": update, "peak_gb": 2.0}
+def counted(seconds: list[float], update: float, peak: float = 2.0) -> dict[str, Any]:
+    return {"counted": {"": seconds, "_sample": [1.0], "_update": [update]}, "peak_gb": peak}
 
-    lines = step.table({"ours": {"4": side(4.0, 3.0), "8": side(2.0, 1.0)},
-                        "trl": {"4": side(6.0, 6.0), "8": {"error": "out of memory"}}}).splitlines()
+
+def test_medians_are_of_the_counted_steps_of_all_rounds() -> None:
+    found = step.pooled([counted([1.0, 9.0], 3.0), counted([2.0, 3.0], 5.0, peak=4.0)])
+    assert (found["median_s"], found["median_update_s"], found["peak_gb"]) == (2.5, 4.0, 4.0)
+    failed = step.pooled([counted([1.0], 3.0), {"error": "out of memory"}])
+    assert failed["error"] == "out of memory" and len(failed["rounds"]) == 2
+
+
+def test_ratios_are_to_the_first_side() -> None:
+    def side(*rounds: float, update: float) -> dict[str, Any]:
+        return step.pooled([counted([seconds], update) for seconds in rounds])
+
+    lines = step.table({"ours": {"4": side(4.0, 4.0, update=3.0), "8": side(1.0, 3.0, update=1.0)},
+                        "trl": {"4": side(4.0, 8.0, update=6.0), "8": {"error": "out of memory"}}}).splitlines()
     assert [[cell.strip() for cell in line.split("|")] for line in lines[1:4]] == [
         ["4", "ours", "4.00", "1.00", "1.00", "3.00", "1.00", "2.00"],
         ["4", "trl", "6.00", "1.50", "1.00", "6.00", "2.00", "2.00"],
         ["8", "ours", "2.00", "1.00", "1.00", "1.00", "1.00", "2.00"]]
-    assert "out of memory" in lines[4] and "3.00 times" in lines[5]
+    assert "out of memory" in lines[4] and "3.00 times" in lines[5] and "(of each round: 4.0, 2.67)" in lines[5]
+
+
+def test_sides_take_turns_and_every_other_round_is_reversed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(step, "write_model", lambda *_: None)
+    monkeypatch.setattr(step, "write_prompts", lambda *_: None)
+    ran: list[str] = []
+
+    def run(command: list[str], threads: int, lengths: list[float]) -> dict[str, Any]:
+        ran.append(command[command.index("--one") + 1])
+        return counted([float(len(ran))], 1.0)
+
+    monkeypatch.setattr(step, "run", run)
+    args = Namespace(model="m", steps=2, method="grpo", lengths="all", sides=["ours", "plain"], micro_batch=[4],
+                     rounds=2, threads=1, peer_python=None)  # fmt: skip
+    found = step.measure(args, Sizes(), tmp_path)
+    assert ran == ["ours", "plain", "plain", "ours"]
+    assert [found[side]["4"]["median_s"] for side in ("ours", "plain")] == [2.5, 2.5]
+    assert step.ratios(found["plain"]["4"], found["ours"]["4"]) == [2.0, 0.75]
 
 
 # Each whole, on a tiny model.
@@ -223,7 +252,7 @@ def test_step_runs_in_the_plain_layout_with_drawn_lengths(benchmark: Callable[..
     found = benchmark(step, "--sides", "plain", "--lengths", "drawn", "--sizes", 2, 2, 24, 16, "--steps", 2,
                       "--micro-batch", 2, "--threads", 1)["results"]["plain"]["2"]
     assert found.get("error") is None
-    assert found["mean_new_tokens"] == [sum(drawn(number, Sizes(2, 2, 24, 16))) / 4 for number in range(2)]
+    assert found["rounds"][0]["mean_new_tokens"] == [sum(drawn(number, Sizes(2, 2, 24, 16))) / 4 for number in range(2)]
 
 
 def test_layout_runs(benchmark: Callable[..., Any]) -> None:
