@@ -1,5 +1,4 @@
-"""The C library's heap, told which blocks to keep and which to give back; memory that is
-taken again; and matrices that lie in a row.
+"""The C library's heap, told which blocks to keep; memory that is taken again; and matrices that lie in a row.
 
 A block that is mapped by itself is returned when freed, and the kernel hands out zeroed pages anew for the next one:
 for a layer's activations that takes a quarter of the time of the product that fills them. One that lies on the heap
@@ -39,17 +38,9 @@ SMALL = 2**14  # numbers that leave no hole to speak of
 LINE = 16  # numbers of a line of the cache
 _BYTES = 4  # of a number
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_fixed = False
 _blocks: list[NDArray[np.uint8]] = []
 _keeping = 0
 _lock = threading.Lock()
-
-
-def give_back() -> None:
-    """Return the heap's free pages, if it was fixed here: what one phase has left lies in holes of the next one."""
-    if _fixed:
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def fix_heap() -> bool:
@@ -57,17 +48,14 @@ def fix_heap() -> bool:
 
     A size that the user has chosen, by MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES, stays.
     """
-    global _fixed
     chosen = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
     if chosen or not sys.platform.startswith("linux"):
         return False
     try:
-        library = ctypes.CDLL(None)
-        _fixed = all(library.mallopt(*pair) == 1 for pair in ((_M_MMAP_THRESHOLD, MAPPED_FROM),
-                                                              (_M_TRIM_THRESHOLD, KEPT)))
+        told = ctypes.CDLL(None).mallopt
+        return all(told(*pair) == 1 for pair in ((_M_MMAP_THRESHOLD, MAPPED_FROM), (_M_TRIM_THRESHOLD, KEPT)))
     except AttributeError:  # another C library
-        _fixed = False
-    return _fixed
+        return False
 
 
 def empty(*shape: int) -> Tensor:

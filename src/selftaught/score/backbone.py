@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import Parameter
 
 from selftaught.errors import UserError
-from selftaught.heap import MAPPED_FROM, give_back
+from selftaught.heap import MAPPED_FROM
 from selftaught.records import Section
 from selftaught.score.adapter import adapter, save_adapter
 from selftaught.score.attention import NAME, Attends, Recorded, Segments, UnsupportedAttention
@@ -188,8 +188,6 @@ class Backbone:
         makes and adds one more tensor of the vocabulary's size for each of the two.
         """
         weight = self.model.get_output_embeddings().weight
-        if weight.is_cpu:
-            give_back()  # what sampling has used: .03 GB of a 135M model's peak, for .03 s
         if not weight.requires_grad or weight.dtype != upcast(weight[:0]).dtype:
             wide = gathered(weight) if gathered is not None and weight.requires_grad else None
             yield None if wide is None else wide[: self._rows]
