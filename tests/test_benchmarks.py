@@ -199,6 +199,15 @@ def test_sides_take_turns_and_every_other_round_is_reversed(monkeypatch: pytest.
     assert step.ratios(found["plain"]["4"], found["ours"]["4"]) == [2.0, 0.75]
 
 
+@pytest.mark.parametrize("words", [["--steps", "1"], ["--rounds", "0"]])
+def test_a_step_without_a_counted_one_is_refused(
+        words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["step", *words])
+    with pytest.raises(SystemExit):
+        step.arguments()
+    assert " ".join(words) in capsys.readouterr().err
+
+
 # Each whole, on a tiny model.
 
 
